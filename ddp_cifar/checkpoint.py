@@ -1,0 +1,250 @@
+"""Checkpoints: written whole or not at all, verified when read, the newest good one found, old ones removed.
+
+A checkpoint is a plain dict of tensors, numbers and strings, which `torch.load(path, weights_only=True)` takes:
+`model`, `optimizer`, `progress`, `config`, and `digest`, a sha256 of the rest.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ddp_cifar.config import Config, flatten, to_dict
+from ddp_cifar.errors import UserError
+from ddp_cifar.log import log
+
+State = dict[str, Any]
+PARTS = ("model", "optimizer", "progress", "config")
+
+# What makes a run the run it is: keys, or sections, that a resume must find as they were ...
+IDENTITY = ("seed", "data", "model", "optim", "train.global_batch_size", "train.micro_batch_size")
+# ... but for those in them that change where or how something is done, not what
+NOT_IDENTITY = ("data.root", "optim.implementation")
+
+
+def digest(state: object) -> str:
+    """sha256 of nested dicts, lists and tensors: equal if and only if every key, number and bit of a tensor is.
+
+    Apart from a tensor's memory order and device, which do not change what it says.
+    """
+    sha = hashlib.sha256()
+
+    def feed(value: object) -> None:
+        if isinstance(value, Mapping):
+            sha.update(f"dict {len(value)}\0".encode())
+            for key, item in value.items():
+                feed(key)
+                feed(item)
+        elif isinstance(value, list | tuple):
+            sha.update(f"list {len(value)}\0".encode())
+            for item in value:
+                feed(item)
+        elif isinstance(value, Tensor):
+            sha.update(f"{value.dtype} {tuple(value.shape)}\0".encode())
+            sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            sha.update(f"{type(value).__name__} {value!r}\0".encode())
+
+    feed(state)
+    return sha.hexdigest()
+
+
+def save_checkpoint(path: Path, state: State) -> None:
+    """Write `state` to `path`, durably: whatever happens, `path` is as it was before, or whole.
+
+    Raises `OSError` if it cannot be written, and then leaves nothing behind.
+    """
+    buffer = io.BytesIO()  # in memory first: a full disk then is an OSError here, and not an abort inside torch
+    torch.save({**state, "digest": digest(state)}, buffer)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: Path) -> State:
+    """The state in `path`, on the CPU. Raises `UserError` if it is missing, damaged, or not a checkpoint of ours."""
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}: check resume, or leave it out")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file, and for a pickle that could run code
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({reason[:120]}): it is damaged, or not one of ours"
+        ) from error
+    missing = [part for part in (*PARTS, "digest") if part not in state] if isinstance(state, dict) else list(PARTS)
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of a run: it has no {missing[0]}, expected {', '.join(PARTS)}")
+    expected = state.pop("digest")
+    if digest(state) != expected:
+        raise UserError(f"{path} is damaged: its content does not match its checksum; use an older checkpoint")
+    return state  # type: ignore[no-any-return]
+
+
+class Loaded(NamedTuple):
+    """A checkpoint that was read."""
+
+    path: Path
+    state: State
+
+
+class Checkpoints:
+    """The checkpoints of one run: `step_NNNNNNNN.pt`, and the links `latest.pt` and `best.pt`."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.failed_saves = 0
+
+    def paths(self) -> list[Path]:
+        """All checkpoints, the newest first."""
+        return sorted(self.folder.glob("step_*.pt"), reverse=True)
+
+    def load_latest(self) -> Loaded | None:
+        """The newest good checkpoint; a warning names each bad one that is newer. None if there are none at all.
+
+        Raises `UserError` if there are some but all are bad.
+        """
+        paths = self.paths()
+        for path in paths:
+            try:
+                return Loaded(path, load_checkpoint(path))
+            except UserError as error:
+                log.warning(f"skipped: {error}")
+        if paths:
+            raise UserError(
+                f"none of the {len(paths)} checkpoints in {self.folder} is good: restore one, or take another run_dir"
+            )
+        return None
+
+    def save(self, state: State, step: int, is_best: bool) -> None:
+        """Save, set the links and remove what is more than `keep`. A failure is a warning, and counted: training goes on."""
+        path = self.folder / f"step_{step:08d}.pt"
+        try:
+            save_checkpoint(path, state)
+            _link(self.folder / "latest.pt", path)
+            if is_best:
+                _link(self.folder / "best.pt", path)
+            self._remove_old()
+        except OSError as error:
+            self.failed_saves += 1
+            log.warning(f"checkpoint {path} was not saved ({error.strerror}); training goes on, older checkpoints are kept")
+
+    def _remove_old(self) -> None:
+        best = self.folder / "best.pt"
+        keep = {path.name for path in self.paths()[: self.keep]} | ({os.readlink(best)} if best.is_symlink() else set())
+        for path in self.paths():
+            if path.name not in keep:
+                path.unlink()
+
+
+class NullCheckpoints(Checkpoints):
+    """Saves nothing: every rank but 0 has one, so that the loop need not ask which rank it is on."""
+
+    def save(self, state: State, step: int, is_best: bool) -> None:
+        pass
+
+
+def find_checkpoint(resume: str, own: Checkpoints) -> Loaded | None:
+    """The checkpoint that the config key `resume` asks for, or None to start anew.
+
+    `own` are the checkpoints of the run's own folder. Raises `UserError` as `resume`'s documentation says.
+    """
+    if resume == "never":
+        if own.paths():
+            raise UserError(
+                f"resume=never, but {own.folder.parent} has a run already ({own.paths()[0].name}): "
+                f"take another run_dir, remove that one, or go on with resume=auto"
+            )
+        return None
+    latest = own.load_latest()
+    if resume == "auto":
+        return latest
+    path = Path(resume)
+    if path.is_dir():
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        found = Checkpoints(folder, own.keep).load_latest()
+        if found is None:
+            raise UserError(f"resume={resume} has no checkpoints: expected a checkpoint, or the run_dir of a run")
+    else:
+        found = Loaded(path, load_checkpoint(path))
+    if latest and found.path.resolve() != latest.path.resolve():
+        if found.path.resolve().parent == own.folder.resolve():
+            raise UserError(
+                f"resume={resume} is not the newest checkpoint of its run ({latest.path.name} is): "
+                f"to go on from it, take another run_dir"
+            )
+        log.info(f"resume={resume} was this run's start; it goes on from its own {latest.path.name}")
+        return latest
+    return found
+
+
+def check_same_run(checkpoint: Loaded, config: Config) -> None:
+    """Raise `UserError` where `config` and a checkpoint's differ in what makes the run; log other differences."""
+    before, now = flatten(checkpoint.state["config"]), flatten(to_dict(config))
+    refused, logged = [], []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key, "not set"), now.get(key, "not set")
+        if old == new or key in ("run_dir", "resume"):
+            continue
+        identity = key not in NOT_IDENTITY and any(key == name or key.startswith(f"{name}.") for name in IDENTITY)
+        (refused if identity else logged).append(f"{key}={_shown(old)}, now {_shown(new)}")
+    if refused:
+        raise UserError(
+            f"{checkpoint.path} was made with {'; '.join(refused)}: set what it had, or start a new run with another run_dir"
+        )
+    if logged:
+        log.info(f"other settings than when {checkpoint.path.name} was made: {'; '.join(logged)}")
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict, with DataParallel's or DistributedDataParallel's `module.` in front of its names or without.
+
+    Raises `UserError` if a name or a shape does not fit the model.
+    """
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    own = model.state_dict()
+    for name in [*own, *weights]:
+        if name not in weights or name not in own:
+            kind = "has no" if name not in weights else "has a"
+            raise UserError(f"{source} does not fit the model: it {kind} {name}; check model.name")
+        if weights[name].shape != own[name].shape:
+            raise UserError(
+                f"{source} does not fit the model: {name} has shape {tuple(weights[name].shape)}, "
+                f"expected {tuple(own[name].shape)}; check model.name and the number of classes"
+            )
+    model.load_state_dict(weights)
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value)
+
+
+def _link(link: Path, target: Path) -> None:
+    """Point `link` at a file of its own folder; it never is absent meanwhile."""
+    temporary = link.with_name(f"{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, link)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,425 @@
+"""Every setting, once: its name, type, default, unit and effect; and how a command line becomes a `Config`.
+
+The dataclass defaults are the CIFAR-10 recipe. A YAML file overrides them, and `key=value` arguments override the file:
+
+    python -m ddp_cifar.train configs/demo.yaml optim.lr=0.002 run_dir=runs/faster
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import sys
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Optional
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ddp_cifar.errors import UserError
+
+
+def _require(holds: bool, key: str, value: object, expected: str) -> None:
+    if not holds:
+        raise UserError(f"{key}={value} is out of range: expected {expected}")
+
+
+@dataclass(frozen=True)
+class ShapesConfig:
+    train_images: int = 5000
+    """Training images to draw for data.name=shapes."""
+    test_images: int = 1000
+    """Test images to draw for data.name=shapes."""
+    seed: int = 0
+    """Seed of the drawings. Apart from `seed`, so that runs with other seeds learn from the same images."""
+
+    def __post_init__(self) -> None:
+        _require(self.train_images >= 10, "data.shapes.train_images", self.train_images, "10 or more")
+        _require(self.test_images >= 10, "data.shapes.test_images", self.test_images, "10 or more")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: str = "cifar10"
+    """cifar10 (downloaded once), imagefolder (data.root/train/CLASS/*, data.root/test/CLASS/*) or shapes (drawn on the spot)."""
+    root: str = "data"
+    """Folder of the images; cifar10 is downloaded into it. On several nodes: a folder that every node sees."""
+    val_images: int = 0
+    """Training images held out to choose the best checkpoint by; always the same ones, whatever the seed. 0: no `best`."""
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.val_images >= 0, "data.val_images", self.val_images, "0 or more")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = "cnn"
+    """The network: cnn is the article's (six convolutions, three linear layers, 5,852,170 parameters for ten classes)."""
+
+
+@dataclass(frozen=True)
+class StepClampConfig:
+    enabled: bool = True
+    """Hold Adam's own step count between `reset_to` and `limit`, as the article does. Without effect for other optimizers."""
+    after_epoch: int = 17
+    """Epochs completed before the clamp acts (the article: `epoch > 16`, the 18th on)."""
+    limit: int = 1024
+    """An Adam step count that has reached this ..."""
+    reset_to: int = 1000
+    """... goes back to this. Near 1000 the bias correction scales an update by sqrt(1 - 0.999^1000) = 0.795."""
+
+    def __post_init__(self) -> None:
+        _require(self.after_epoch >= 0, "optim.step_clamp.after_epoch", self.after_epoch, "0 or more")
+        _require(self.reset_to >= 1, "optim.step_clamp.reset_to", self.reset_to, "1 or more")
+        _require(
+            self.limit >= self.reset_to, "optim.step_clamp.limit", self.limit, f"{self.reset_to} (reset_to) or more"
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: str = "adam"
+    """adam (`weight_decay` is L2, as in the article) or sgd."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """L2 penalty, added to the gradient."""
+    momentum: float = 0.9
+    """Momentum of sgd (Nesterov's when above 0); adam does not read it."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """The rate after the warm-up: constant, or a half cosine that reaches 0 at the end of train.epochs."""
+    warmup_epochs: float = 1.0
+    """Epochs over which the rate rises linearly from 0 to `lr`."""
+    implementation: Literal["auto", "default", "foreach", "fused", "capturable"] = "auto"
+    """Which of torch's equal implementations computes the update. auto: fused, the fastest."""
+    step_clamp: StepClampConfig = field(default_factory=StepClampConfig)
+
+    def __post_init__(self) -> None:
+        _require(0 < self.lr < math.inf, "optim.lr", self.lr, "a number above 0")
+        _require(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "0 or more")
+        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "0 to below 1")
+        _require(0 <= self.warmup_epochs < math.inf, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: int = 30
+    """Passes over the training set. The learning-rate schedule spans all of them."""
+    max_steps: Optional[int] = None
+    """End the run at this step, wherever that is. The schedule stays as `epochs` makes it; a larger value goes on."""
+    global_batch_size: int = 512
+    """Images an update sees, over all ranks. Images a rank and accumulation follow from it and are printed."""
+    micro_batch_size: Optional[int] = 64
+    """Images of one forward pass on one rank. Fixed, any number of ranks computes the same gradients, BatchNorm and
+    dropout included; null: global_batch_size / ranks, plain DDP, and results depend on the number of ranks."""
+    clip_norm: Optional[float] = None
+    """Scale the gradient down to this norm where it is larger. null: never."""
+    channels_last: bool = True
+    """Keep images and weights in channels-last memory order, which convolutions prefer."""
+    log_every: int = 20
+    """Steps from one row of metrics.jsonl and TensorBoard to the next."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
+        _require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "1 or more, or null")
+        _require(self.global_batch_size >= 1, "train.global_batch_size", self.global_batch_size, "1 or more")
+        _require(
+            self.micro_batch_size is None or 1 <= self.micro_batch_size <= self.global_batch_size,
+            "train.micro_batch_size",
+            self.micro_batch_size,
+            f"1 to {self.global_batch_size} (train.global_batch_size), or null",
+        )
+        _require(
+            self.clip_norm is None or 0 < self.clip_norm < math.inf,
+            "train.clip_norm",
+            self.clip_norm,
+            "a number above 0, or null",
+        )
+        _require(self.log_every >= 1, "train.log_every", self.log_every, "1 or more")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 1
+    """Epochs from one evaluation to the next; the last epoch is always evaluated."""
+    batch_size: int = 500
+    """Images of one forward pass on one rank in evaluation. Changes speed and memory only."""
+    train_accuracy: Literal["running", "full"] = "running"
+    """running: over the epoch's own training batches, at no cost. full: a pass in eval mode over the augmented training
+    set after each epoch, as the article does."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "eval.every", self.every, "1 or more")
+        _require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_epochs: int = 1
+    """Epochs from one checkpoint to the next; the end of the run is always saved."""
+    keep: int = 3
+    """Checkpoints to keep: the newest ones, and `best` besides."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_epochs >= 1, "checkpoint.every_epochs", self.every_epochs, "1 or more")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
+
+
+@dataclass(frozen=True)
+class Config:
+    run_dir: str = "runs/cifar10"
+    """All that a run writes. Default: runs/RECIPE, after the config file's name. On several nodes: a shared folder."""
+    resume: str = "auto"
+    """auto: go on from run_dir's newest checkpoint, or start anew if it has none. never: refuse a run_dir that has one.
+    PATH: start from that checkpoint (or a run_dir's newest); once run_dir has one of its own, as auto."""
+    seed: int = 0
+    """Seed of all that is random: initial weights, order, augmentation, dropout."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a GPU a rank where there is one, else the CPU."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Of torch.distributed. auto: nccl on cuda, else gloo."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of forward and backward; weights and updates stay fp32. auto: bf16 where every rank's hardware computes in it."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.run_dir.strip()), "run_dir", repr(self.run_dir), "a folder's name")
+        _require(bool(self.resume.strip()), "resume", repr(self.resume), "auto, never or a path")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        _require(bool(self.data.root.strip()), "data.root", repr(self.data.root), "a folder's name")
+        if self.backend == "nccl" and self.device in ("cpu", "mps"):
+            raise UserError(
+                f"backend=nccl needs device=cuda, found device={self.device}: use backend=gloo, or leave it out"
+            )
+
+
+Tables = Mapping[str, Mapping[str, object]]
+"""Keys whose values are names from a table, such as `{"model.name": MODELS}`."""
+
+
+def load_config(argv: Sequence[str], tables: Tables) -> Config:
+    """The config that `[CONFIG.yaml] [key=value ...]` asks for: defaults < file < arguments.
+
+    `--help` and `--print-config` print and exit. Raises `UserError` for an unknown key (with a suggestion), a wrong type,
+    a value out of range, a name that is not in its table, or a file that cannot be read.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(help_text(tables))
+        sys.exit(0)
+    arguments = [arg for arg in argv if arg != "--print-config"]
+    files = [arg for arg in arguments if "=" not in arg]
+    for name in files[1:] + [name for name in files if name.startswith("-")]:
+        raise UserError(f"cannot read the argument {name!r}: expected [CONFIG.yaml] [key=value ...], or --help")
+
+    layers = []
+    if files:
+        layers.append(("", {"run_dir": f"runs/{Path(files[0]).stem}"}))
+        layers.append((f"{files[0]}: ", dict(_flatten(_read_yaml(files[0]), files[0]))))
+    layers.append(("", dict(_read_argument(arg) for arg in arguments if "=" in arg)))
+
+    merged: Any = OmegaConf.structured(Config)
+    for source, values in layers:
+        for key, value in values.items():
+            _check_key(key, value, source)
+            try:
+                merged = OmegaConf.merge(merged, _nest(key, value))
+            except (OmegaConfBaseException, ValueError) as error:
+                _refuse_value(key, value, source, error)
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    assert isinstance(config, Config)
+    for key, table in tables.items():
+        name = get(config, key)
+        if name not in table:
+            raise UserError(f"{key}={name} is not known: expected one of {', '.join(table)}")
+    if "--print-config" in argv:
+        print(to_yaml(config), end="")
+        sys.exit(0)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as plain nested dicts, which a checkpoint can hold."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The config as a YAML file that `load_config` takes."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of a dotted key, such as `optim.lr`."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict of dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def _nest(key: str, value: object) -> dict[str, Any]:
+    first, _, rest = key.partition(".")
+    return {first: _nest(rest, value) if rest else value}
+
+
+def fields(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, object, str]]:
+    """(dotted key, type, default, docstring) of every setting, in the order of declaration."""
+    types, docs = typing.get_type_hints(cls), _field_docs(cls)
+    default = cls()
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(types[f.name]):
+            yield from fields(types[f.name], f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, types[f.name], getattr(default, f.name), docs[f.name]
+
+
+def help_text(tables: Tables) -> str:
+    """What `--help` prints: every key with its type, default and docstring."""
+    lines = ["usage: [torchrun ...] python -m ddp_cifar.COMMAND [CONFIG.yaml] [key=value ...]", ""]
+    lines += ["  --help          this text", "  --print-config  the resolved config as YAML", "", "keys and defaults:", ""]
+    for key, annotation, default, doc in fields():
+        kind = f"one of {', '.join(tables[key])}" if key in tables else _type_name(annotation)
+        lines.append(f"  {key}={'null' if default is None else _as_typed(default)}  ({kind})")
+        lines += textwrap.wrap(" ".join(doc.split()), 112, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _as_typed(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _type_name(annotation: Any) -> str:
+    options = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return " | ".join(map(str, options))
+    return f"{options[0].__name__} or null" if options else str(annotation.__name__)
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The string under each field of a dataclass, which Python itself throws away."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(tree, ast.ClassDef)
+    docs = {}
+    for node, after in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
+            docs[node.target.id] = ast.literal_eval(after.value)
+    return docs
+
+
+def _is_text(key: str) -> bool:
+    """True for a key whose value is a string: taken as typed, since YAML 1.1 would read 10:15 as 615 and 010 as 8."""
+    for name, annotation, _, _ in fields():
+        if name == key:
+            return annotation is str or typing.get_origin(annotation) is Literal
+    return False
+
+
+def _read_argument(argument: str) -> tuple[str, Any]:
+    key, text = argument.split("=", 1)
+    if _is_text(key):
+        return key, text
+    try:
+        return key, yaml.safe_load(text) if not _is_float(text) else float(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"cannot read the value of {argument!r}: {_first_line(error)}") from error
+
+
+def _is_float(text: str) -> bool:
+    """True for 1e-3, which YAML 1.1 takes for a string."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return any(c in text for c in ".eE") or text.lower().lstrip("+-") in ("nan", "inf")
+
+
+def _read_yaml(path: str) -> Any:
+    """A YAML file as nested dicts whose leaves are still text, to be read by the type of their key."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"cannot read the config file {path}: {reason}") from error
+    try:
+        return yaml.load(text, Loader=_TextLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {_first_line(error)}") from error
+
+
+class _TextLoader(yaml.BaseLoader):
+    """YAML with every scalar as text, and a key that stands twice refused rather than overwritten."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [str(key.value) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name} stands twice", node.start_mark)
+        return typing.cast(dict[Any, Any], super().construct_mapping(node, deep))
+
+
+def _flatten(values: Any, path: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and typed values of a file that `_read_yaml` has read. An empty file, or section, sets nothing."""
+    if values in (None, ""):
+        return
+    if not isinstance(values, dict):
+        where = f"{prefix[:-1]} in {path}" if prefix else path
+        raise UserError(f"{where} holds no keys: expected lines of the form key: value")
+    sections = {key.rpartition(".")[0] for key, *_ in fields()}
+    for name, value in values.items():
+        if isinstance(value, dict) or prefix + name in sections:
+            yield from _flatten(value, path, f"{prefix}{name}.")
+        elif isinstance(value, str):
+            yield _read_argument(f"{prefix}{name}={value}")
+        else:
+            yield prefix + name, value
+
+
+def _first_line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{problem} (line {mark.line + 1})" if mark else str(problem)
+
+
+def _check_key(key: str, value: object, source: str) -> None:
+    keys = [name for name, *_ in fields()]
+    if key in keys:
+        return
+    inside = [name for name in keys if name.startswith(f"{key}.")]
+    if inside:
+        raise UserError(f"{source}{key}={value}: {key} is a section; set one of its keys, such as {inside[0]}=...")
+    by_last_part = [name for name in keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = by_last_part or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    if not near:
+        last_parts = {name.rpartition(".")[2]: name for name in keys}
+        near = [last_parts[part] for part in difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1)]
+    hint = f"did you mean {' or '.join(near)}?" if near else "--help lists all keys"
+    raise UserError(f"{source}{key} is not a key of the config; {hint}")
+
+
+def _refuse_value(key: str, value: object, source: str, error: Exception) -> NoReturn:
+    if isinstance(error, UserError):
+        raise UserError(f"{source}{error}") from error
+    annotation = next(kind for name, kind, _, _ in fields() if name == key)
+    found = "null" if value is None else value
+    raise UserError(f"{source}{key}={found} has the wrong type: expected {_type_name(annotation)}") from error

@@ -1,0 +1,51 @@
+"""CIFAR-10 by torchvision's reader: downloaded once a node, its checksum verified."""
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddp_cifar.config import DataConfig
+from ddp_cifar.data.dataset import DataSet, Split
+from ddp_cifar.distributed import World
+from ddp_cifar.errors import UserError
+
+DOWNLOAD_TIMEOUT_S = 30.0  # of silence; without it a firewall that drops packets keeps the job waiting for minutes
+
+
+def read_cifar10(config: DataConfig, world: World) -> DataSet:
+    """CIFAR-10 from `config.root`, downloaded there if need be. Raises `UserError` if it can be had neither way."""
+    from torchvision.datasets import CIFAR10  # here, as it takes seconds to import
+
+    def read(train: bool, download: bool) -> Any:
+        try:
+            with _timeout(DOWNLOAD_TIMEOUT_S):
+                return CIFAR10(config.root, train=train, download=download)
+        except (OSError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"CIFAR-10 is not in data.root={config.root}, and cannot be downloaded ({reason}): copy the folder "
+                f"cifar-10-batches-py there from a machine that has it, or train on the embedded images with data.name=shapes"
+            ) from error
+
+    with world.node_first():
+        train, test = (read(train=is_train, download=world.local_rank == 0) for is_train in (True, False))
+    return DataSet(_split(train), _split(test), tuple(train.classes))
+
+
+def _split(dataset: Any) -> Split:
+    images: Tensor = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+    return Split.of(images, torch.tensor(dataset.targets))
+
+
+@contextlib.contextmanager
+def _timeout(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

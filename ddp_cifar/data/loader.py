@@ -1,0 +1,102 @@
+"""From indices to batches on the device: gathered, augmented and normalised as whole tensors."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddp_cifar.data.augment import augment, draw_augmentations, normalize
+from ddp_cifar.data.dataset import Split
+from ddp_cifar.data.sampler import StepIndices, StepSampler
+from ddp_cifar.distributed import World
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass takes."""
+
+    index: int
+    """Of this micro-batch in the step's global batch: the same on whatever rank it is computed."""
+    images: Tensor
+    """(B, 3, H, W) float32, normalised, on the device"""
+    labels: Tensor
+    """(B,) int64, on the device"""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One rank's part of a step; iterating makes its micro-batches one after another."""
+
+    indices: StepIndices
+    loader: "TrainLoader"
+    augmentations: Tensor
+
+    @property
+    def num_images(self) -> int:
+        """Images of the whole global batch, over all ranks."""
+        return self.indices.num_images
+
+    def __len__(self) -> int:
+        return len(self.indices.micro_batches)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for micro in self.indices.micro_batches:
+            images, labels = self.loader.gather(micro.indices, self.augmentations)
+            yield MicroBatch(micro.index, images, labels)
+
+
+class EvalLoader:
+    """A split kept whole on the device as uint8, and this rank's share of it for an evaluation."""
+
+    def __init__(self, split: Split, device: torch.device, channels_last: bool) -> None:
+        self.device = device
+        self.images = split.images.to(device)
+        self.labels = split.labels.to(device)
+        self.sample_ids = split.sample_ids.to(device)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def gather(self, indices: Tensor, augmentations: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B,) int64 indices -> (B, 3, H, W) float32 images and (B,) int64 labels on the device.
+
+        Each image is augmented by its sample id's row of `augmentations` (num_ids, 3), where those are given.
+        """
+        indices = indices.to(self.device)
+        images = self.images[indices]
+        if augmentations is not None:
+            images = augment(images, augmentations[self.sample_ids[indices]])
+        return normalize(images, self.memory_format), self.labels[indices]
+
+    def evaluation_batches(
+        self, world: World, batch_size: int, augmentations: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """`gather`ed batches of the images rank, rank + world_size, rank + 2 world_size ...
+
+        Each image is on exactly one rank, where `DistributedSampler` would pad and so count some twice.
+        """
+        share = torch.arange(len(self))[world.rank :: world.world_size]
+        for indices in share.split(batch_size) if len(share) else ():
+            yield self.gather(indices, augmentations)
+
+
+class TrainLoader(EvalLoader):
+    """The training split, and this rank's part of each step."""
+
+    def __init__(self, split: Split, sampler: StepSampler, seed: int, device: torch.device, channels_last: bool) -> None:
+        super().__init__(split, device, channels_last)
+        self.sampler = sampler
+        self.seed = seed
+        self.num_ids = int(split.sample_ids.max()) + 1
+
+    def steps(self, epoch: int, first_step: int = 0) -> Iterator[StepBatch]:
+        """The epoch's steps from `first_step` on."""
+        augmentations = self.augmentations(epoch)
+        for indices in self.sampler.steps(epoch, first_step):
+            yield StepBatch(indices, self, augmentations)
+
+    def augmentations(self, epoch: int, purpose: str = "augment") -> Tensor:
+        """(num_ids, 3) uint8 on the device: the epoch's crop and mirror of each sample id."""
+        return draw_augmentations(self.num_ids, seed=self.seed, epoch=epoch, purpose=purpose).to(self.device)

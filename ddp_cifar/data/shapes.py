@@ -1,0 +1,138 @@
+"""The embedded data set: ten classes of drawn shapes on 32 x 32 colour images. No download, the same from the same seed.
+
+A class is a form, whatever its colour, place, size and turn; background, clutter and noise hide it from a linear model.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddp_cifar.config import DataConfig
+from ddp_cifar.data.dataset import DataSet, Split
+from ddp_cifar.distributed import World
+from ddp_cifar.seeding import generator
+
+SIZE = 32
+CHUNK = 1000  # images drawn at once, to bound memory
+
+
+def _disc(x: Tensor, y: Tensor) -> Tensor:
+    return torch.hypot(x, y) - 0.9
+
+
+def _ring(x: Tensor, y: Tensor) -> Tensor:
+    return (torch.hypot(x, y) - 0.75).abs() - 0.2
+
+
+def _square(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x.abs(), y.abs()) - 0.8
+
+
+def _triangle(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x.abs() * math.cos(math.pi / 6) + y * 0.5, -y) - 0.5
+
+
+def _plus(x: Tensor, y: Tensor) -> Tensor:
+    long, short = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
+    return torch.maximum(long - 1.0, short - 0.28)
+
+
+def _star(x: Tensor, y: Tensor) -> Tensor:
+    ripple = torch.cos(5 * torch.atan2(x, y))
+    return torch.hypot(x, y) - (0.68 + 0.36 * ripple)
+
+
+def _crescent(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(torch.hypot(x, y) - 0.95, 0.75 - torch.hypot(x - 0.5, y))
+
+
+def _bar(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x.abs() - 1.05, y.abs() - 0.3)
+
+
+def _hourglass(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x.abs() - y.abs() * 0.9 - 0.05, y.abs() - 0.85)
+
+
+def _two_dots(x: Tensor, y: Tensor) -> Tensor:
+    return torch.hypot(x.abs() - 0.6, y) - 0.4
+
+
+# Signed distance of each point to the form, about: below 0 inside. Coordinates are in units of the shape's own size.
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "disc": _disc,
+    "ring": _ring,
+    "square": _square,
+    "triangle": _triangle,
+    "plus": _plus,
+    "star": _star,
+    "crescent": _crescent,
+    "bar": _bar,
+    "hourglass": _hourglass,
+    "two_dots": _two_dots,
+}
+
+
+def draw_shapes(config: DataConfig, world: World) -> DataSet:
+    """Draw config.shapes.train_images and test_images, every class as often as any other, give or take one."""
+    shapes = config.shapes
+    train = _draw_split(shapes.train_images, generator("shapes train", shapes.seed))
+    test = _draw_split(shapes.test_images, generator("shapes test", shapes.seed))
+    return DataSet(train, test, tuple(FORMS))
+
+
+def _draw_split(num_images: int, random: torch.Generator) -> Split:
+    labels = torch.arange(num_images) % len(FORMS)
+    labels = labels[torch.randperm(num_images, generator=random)]
+    images = torch.cat([_draw(chunk, random) for chunk in labels.split(CHUNK)])
+    return Split.of(images, labels)
+
+
+def _draw(labels: Tensor, random: torch.Generator) -> Tensor:
+    """(B,) labels -> (B, 3, 32, 32) uint8."""
+    n = len(labels)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=random, dtype=torch.float64)
+
+    axis = torch.arange(SIZE, dtype=torch.float64) - (SIZE - 1) / 2
+    y, x = axis.view(1, SIZE, 1), axis.view(1, 1, SIZE)
+
+    def local(size: Tensor, spread: float) -> tuple[Tensor, Tensor]:
+        """Coordinates (n, 32, 32) of a place, turn and size of each image's own."""
+        angle = uniform(0, 2 * math.pi)
+        dx, dy = x - uniform(-spread, spread), y - uniform(-spread, spread)
+        return (dx * angle.cos() + dy * angle.sin()) / size, (dy * angle.cos() - dx * angle.sin()) / size
+
+    def cover(distance: Tensor, size: Tensor) -> Tensor:
+        """Share of each pixel that a form covers, (n, 1, 32, 32): its edge is one pixel wide."""
+        return (0.5 - distance * size).clamp(0, 1).unsqueeze(1)
+
+    # A background that changes colour across the image
+    start, end = uniform(0, 1, 3), uniform(0, 1, 3)
+    across, _ = local(torch.tensor(SIZE / 2.0), 0)
+    canvas = start + (end - start) * (across.unsqueeze(1) + 1) / 2
+
+    # Clutter: bits of line and dots, smaller than any shape
+    for _ in range(3):
+        size = uniform(1.5, 3.0)
+        u, v = local(size, 14)
+        bit = torch.where(uniform(0, 1) < 0.5, torch.hypot(u, v) - 0.7, torch.maximum(u.abs() - 1.2, v.abs() - 0.35))
+        canvas = canvas.lerp(uniform(0, 1, 3).expand_as(canvas), cover(bit, size))
+
+    size = uniform(6.5, 10.5)
+    u, v = local(size, 4.5)
+    distance = torch.empty_like(u)
+    for label, form in enumerate(FORMS.values()):
+        mine = labels == label
+        distance[mine] = form(u[mine], v[mine])
+    # A colour away from the middle grey of its surroundings, darker or brighter at random
+    middle = canvas.mean(dim=(2, 3), keepdim=True)
+    colour = (middle + uniform(0.3, 0.55, 3) * torch.where(middle > 0.5, -1.0, 1.0)).clamp(0, 1)
+    canvas = canvas.lerp(colour.expand_as(canvas), cover(distance, size))
+
+    noise = torch.rand(n, 3, SIZE, SIZE, generator=random, dtype=torch.float64) - 0.5
+    canvas = canvas + noise * uniform(0.1, 0.4, 1)
+    return (canvas.clamp(0, 1) * 255).round().to(torch.uint8)

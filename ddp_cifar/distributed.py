@@ -1,0 +1,206 @@
+"""This process's place among the ranks, and the few things that ranks do together, named by meaning.
+
+A world of one is a world: without torchrun a one-process group is opened, and nothing else differs.
+"""
+
+import contextlib
+import inspect
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddp_cifar.errors import UserError
+
+T = TypeVar("T")
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # torch's own default for nccl; gloo's is 30 minutes
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's rank, its device, and the collectives. Every rank must call a collective, and in the same order."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    backend: str
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which keeps the log and the checkpoints."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The element-wise sum of every rank's tensor (any shape, equal on all ranks), in place, on every rank."""
+        self.start_sum(tensor)()
+        return tensor
+
+    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin `sum` in place and return a function that waits for it."""
+        if self.device.type == "mps":
+            return lambda: None  # one rank, and no backend takes its tensors
+        work = dist.all_reduce(tensor, async_op=True)
+        assert work is not None
+
+        def wait() -> None:
+            work.wait()
+
+        return wait
+
+    def all(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on all of them."""
+        return int(self.sum(torch.tensor(int(flag), device=self.device))) == self.world_size
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        dist.barrier()
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Run `function` on rank 0 and return its result on every rank; what it raises is raised on every rank.
+
+        The other ranks learn of a failure here instead of waiting for a rank that is gone.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def node_first(self) -> Iterator[None]:
+        """The body runs on the first rank of each node, and on the node's others once all of those are done.
+
+        For what a node needs once, such as a download. If the first rank raises, the others are not left waiting:
+        the process ends, and the launcher ends them.
+        """
+        if self.local_rank == 0:
+            yield
+        self.barrier()
+        if self.local_rank != 0:
+            yield
+
+    def wrap(self, model: nn.Module) -> "DistributedDataParallel | Undistributed":
+        """The model, already on the device and equal on all ranks, with its gradients averaged over ranks in backward.
+
+        DDP is told to leave the buffers alone: the trainer averages them like gradients.
+        """
+        if self.device.type == "mps":
+            return Undistributed(model)
+        parameters = inspect.signature(DistributedDataParallel).parameters
+        # broadcast_buffers is deprecated where forward_sync_buffers (torch 2.13) exists
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        options: dict[str, Any] = {buffers: False}
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **options)
+
+
+class Undistributed(nn.Module):
+    """Stands in for DistributedDataParallel on mps, which serves one rank and which no backend communicates for."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.module(images)
+        return logits
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+def place_from_environment() -> tuple[int, int]:
+    """(RANK, WORLD_SIZE) as torchrun sets them, or (0, 1): known before any process group opens."""
+    rank, world_size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
+    if not 0 <= rank < world_size:
+        raise UserError(
+            f"RANK={rank} does not fit WORLD_SIZE={world_size}: start with torchrun, or unset RANK and WORLD_SIZE"
+        )
+    return rank, world_size
+
+
+@contextlib.contextmanager
+def open_world(device: str = "auto", backend: str = "auto") -> Iterator[World]:
+    """Open the process group that torchrun's environment describes, or one of this process alone.
+
+    `device` is auto, cpu, cuda or mps; `backend` auto, gloo or nccl. Raises `UserError` if the machine cannot serve them.
+    """
+    rank, world_size = place_from_environment()
+    local_rank, local_world_size = _from_environment("LOCAL_RANK", 0), _from_environment("LOCAL_WORLD_SIZE", 1)
+    own = _pick_device(device, local_rank, local_world_size, world_size)
+    backend = ("nccl" if own.type == "cuda" else "gloo") if backend == "auto" else backend
+    if backend == "nccl" and own.type != "cuda":
+        raise UserError(f"backend=nccl needs a GPU, found device {own.type}: use backend=gloo, or leave it out")
+    options: dict[str, Any] = {"backend": backend, "timeout": COLLECTIVE_TIMEOUT}
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+        if backend == "nccl":
+            options["device_id"] = own
+    if "RANK" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # needs no port
+    try:
+        dist.init_process_group(**options)
+    except (RuntimeError, ValueError, dist.DistError) as error:
+        host, port = os.environ.get("MASTER_ADDR", "?"), os.environ.get("MASTER_PORT", "?")
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"rank {rank} on {socket.gethostname()} could not join the {world_size} ranks at {host}:{port} over {backend} "
+            f"({reason}): start all ranks with torchrun, and check that this host reaches that address"
+        ) from error
+    yield World(rank, local_rank, world_size, local_world_size, own, backend)
+    # not in a `finally`: after an error the peers may be gone, and leaving in good order would wait for them
+    dist.destroy_process_group()
+
+
+def bf16_is_native(device: torch.device) -> bool:
+    """True where the hardware multiplies bf16 matrices, rather than emulating it more slowly than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere: the first with bf16 tensor cores
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name}={text!r} in the environment is not a number: start with torchrun, or unset it") from None
+
+
+def _pick_device(device: str, local_rank: int, local_world_size: int, world_size: int) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("device=cuda, but torch finds no usable GPU on this machine: use device=auto or device=cpu")
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(
+                f"{local_world_size} ranks on {socket.gethostname()}, but it has {gpus} GPUs: "
+                f"use --nproc_per_node={gpus}, or device=cpu"
+            )
+        return torch.device("cuda", local_rank)
+    if device == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("device=mps, but torch finds no Apple GPU on this machine: use device=auto or device=cpu")
+        if world_size > 1:
+            raise UserError(f"device=mps serves one rank, found {world_size}: use device=cpu for several")
+    return torch.device(device)

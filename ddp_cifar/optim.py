@@ -1,0 +1,115 @@
+"""The optimizers, the learning rate as a function of the step, and the article's clamp on Adam's step count."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+
+from ddp_cifar.config import OptimConfig
+
+Parameters = Iterable[nn.Parameter]
+
+
+def _adam(parameters: Parameters, config: OptimConfig, implementation: dict[str, bool]) -> Optimizer:
+    return Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, **implementation)
+
+
+def _sgd(parameters: Parameters, config: OptimConfig, implementation: dict[str, bool]) -> Optimizer:
+    return SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
+        weight_decay=config.weight_decay,
+        **{name: on for name, on in implementation.items() if name != "capturable"},
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[Parameters, OptimConfig, dict[str, bool]], Optimizer]] = {"adam": _adam, "sgd": _sgd}
+"""Name -> function of the parameters, the config, and torch's switches foreach, fused and capturable."""
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """The optimizer that `config` names, over all of the model's parameters."""
+    name = "fused" if config.implementation == "auto" else config.implementation
+    implementation = {"foreach": name == "foreach", "fused": name == "fused", "capturable": name == "capturable"}
+    return OPTIMIZERS[config.name](model.parameters(), config, implementation)
+
+
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """`optimizer.load_state_dict`, with every tensor in its parameter's own memory order.
+
+    The fused and foreach kernels take it for granted that the two agree; a checkpoint from a channels-last run would
+    be read in the wrong order by a contiguous one.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def lr_factor(
+    step: int, *, total_steps: int, warmup_steps: int, schedule: Literal["constant", "cosine"]
+) -> float:
+    """The peak rate's multiplier for the update after `step` completed ones.
+
+    Rises linearly over the first `warmup_steps` updates, the first of which already moves; then stays at 1, or falls
+    along half a cosine, (1 + cos(pi t)) / 2 (Loshchilov and Hutter, SGDR, 2017), which would reach 0 at `total_steps`.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    return (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps))) / 2
+
+
+class AdamStepClamp:
+    """Holds Adam's own step count below `limit`: once it is there, it goes back to `reset_to`, while `active`.
+
+    The article's loop does this between `backward` and `step`; here it is a hook that runs before every `step`, for any
+    of torch's Adam implementations. Each count changes on the device it lives on, so that nothing waits for it, and
+    since it is the optimizer's own count it stays right after a resume.
+    """
+
+    def __init__(self, optimizer: Optimizer, limit: int, reset_to: int) -> None:
+        self.limit = limit
+        self.reset_to = reset_to
+        self.active = False
+        optimizer.register_step_pre_hook(self._clamp)
+
+    def _clamp(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self.active:
+            return
+        for state in optimizer.state.values():
+            # `state["step"] = 1000`, as the article has it, puts an int where torch now wants a tensor
+            state["step"].masked_fill_(state["step"] >= self.limit, self.reset_to)
+
+
+class Schedule:
+    """Sets, before each update, what depends on the step: the learning rate, and whether the clamp acts."""
+
+    def __init__(self, optimizer: Optimizer, config: OptimConfig, *, steps_per_epoch: int, epochs: int) -> None:
+        self.optimizer = optimizer
+        self.config = config
+        self.total_steps = epochs * steps_per_epoch
+        self.warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+        self.clamp_after_step = config.step_clamp.after_epoch * steps_per_epoch
+        self.clamp: AdamStepClamp | None = None
+        if config.step_clamp.enabled and isinstance(optimizer, Adam):
+            self.clamp = AdamStepClamp(optimizer, config.step_clamp.limit, config.step_clamp.reset_to)
+
+    def before_step(self, step: int) -> float:
+        """Prepare the optimizer for the update after `step` completed ones; returns its learning rate."""
+        factor = lr_factor(
+            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, schedule=self.config.schedule
+        )
+        lr = self.config.lr * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.clamp:
+            self.clamp.active = step >= self.clamp_after_step
+        return lr

@@ -1,0 +1,115 @@
+"""Train a network: `[torchrun ...] python -m ddp_cifar.train [CONFIG.yaml] [key=value ...]`."""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from ddp_cifar.checkpoint import Checkpoints, NullCheckpoints, check_same_run, find_checkpoint
+from ddp_cifar.command import EXIT_SAVE_FAILED, run_command
+from ddp_cifar.config import Config, Tables, load_config, to_yaml
+from ddp_cifar.data import DATASETS, build_dataset
+from ddp_cifar.data.dataset import DataSet
+from ddp_cifar.data.loader import EvalLoader, TrainLoader
+from ddp_cifar.data.sampler import StepSampler, check_batch_size, plan_batches
+from ddp_cifar.distributed import World, bf16_is_native, open_world, place_from_environment
+from ddp_cifar.log import log, log_to_file
+from ddp_cifar.models import MODELS
+from ddp_cifar.optim import OPTIMIZERS, build_optimizer
+from ddp_cifar.run_dir import RunDir
+from ddp_cifar.seeding import derive_seed
+from ddp_cifar.tracking import NullTracker, Tracker, build_tracker
+from ddp_cifar.trainer import Progress, Trainer
+
+TABLES: Tables = {"data.name": DATASETS, "model.name": MODELS, "optim.name": OPTIMIZERS}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train as `argv` says, and return the exit status."""
+    config = load_config(argv, TABLES)
+    check_batch_size(config.train, place_from_environment()[1])
+    with open_world(config.device, config.backend) as world:
+        run_dir = RunDir(config.run_dir)
+        world.on_main(run_dir.claim)
+        log_to_file(run_dir.rank_log(world.rank), world.rank, world.world_size)
+
+        checkpoints = (Checkpoints if world.is_main else NullCheckpoints)(run_dir.checkpoints, config.checkpoint.keep)
+        resumed = world.on_main(lambda: find_checkpoint(config.resume, checkpoints))
+        progress = Progress()
+        if resumed:
+            check_same_run(resumed, config)
+            progress.load_state_dict(resumed.state["progress"])
+            if progress.epoch >= config.train.epochs or progress.step >= (config.train.max_steps or progress.step + 1):
+                log.info(f"{run_dir.path} is finished: {progress}. A larger train.epochs or train.max_steps would go on")
+                return 0
+
+        dataset = build_dataset(config.data, world)
+        if world.is_main:
+            run_dir.write_config(to_yaml(config))
+            tracker: Tracker = build_tracker(run_dir.metrics, run_dir.tensorboard, progress.step)
+        else:
+            tracker = NullTracker()
+        tracker.log_text("config", f"```yaml\n{to_yaml(config)}```", progress.step)
+        trainer = build_trainer(config, world, dataset, tracker, checkpoints)
+        if resumed:
+            trainer.load_state_dict(resumed.state, source=str(resumed.path))
+            log.info(f"going on from {resumed.path}: {progress}")
+        with run_dir.keeping_status() if world.is_main else contextlib.nullcontext():
+            trainer.fit()
+        tracker.close()
+        log.info(f"finished: {trainer.progress}")
+        log.info(f"in {run_dir.path}: checkpoints/, metrics.jsonl, tensorboard/ (tensorboard --logdir {run_dir.path})")
+    return EXIT_SAVE_FAILED if checkpoints.failed_saves else 0
+
+
+def build_trainer(
+    config: Config, world: World, dataset: DataSet, tracker: Tracker, checkpoints: Checkpoints
+) -> Trainer:
+    """Put the parts together for this rank, and say once what was derived from the config and the world."""
+    plan = plan_batches(config.train, world.world_size, len(dataset.train))
+    place, channels_last = world.device, config.train.channels_last
+    sampler = StepSampler(plan, world.rank, config.seed)
+
+    torch.manual_seed(derive_seed("init", config.seed))
+    model = MODELS[config.model.name](len(dataset.classes)).to(place)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    precision = pick_precision(config.precision, world)
+
+    splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+    images = ", ".join(f"{len(split)} {name}" for name, split in splits.items() if split)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    threads = f", {torch.get_num_threads()} threads a rank" if place.type == "cpu" else ""
+    log.info(f"{config.data.name}: {images} images of {len(dataset.classes)} classes")
+    log.info(f"{config.model.name}: {parameters:,} parameters, {precision}, on {place.type} over {world.backend}{threads}")
+    log.info(str(plan))
+    if config.train.micro_batch_size is None:
+        log.info("train.micro_batch_size is null: BatchNorm and dropout, and so the results, depend on the number of ranks")
+
+    return Trainer(
+        config,
+        world,
+        model=model,
+        optimizer=build_optimizer(model, config.optim),
+        train=TrainLoader(dataset.train, sampler, config.seed, place, channels_last),
+        test=EvalLoader(dataset.test, place, channels_last),
+        val=EvalLoader(dataset.val, place, channels_last) if dataset.val else None,
+        tracker=tracker,
+        checkpoints=checkpoints,
+        precision=precision,
+        show_progress=world.is_main and sys.stderr.isatty(),
+    )
+
+
+def pick_precision(precision: str, world: World) -> str:
+    """`auto` is bf16 where every rank's hardware computes in it, else fp32."""
+    if world.device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: torch's default rounds convolutions to 10 bits
+    if precision != "auto":
+        return precision
+    return "bf16" if world.all(bf16_is_native(world.device)) else "fp32"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,306 @@
+"""The training loop: what happens in a step, in an epoch, and in a run.
+
+A step's global batch is cut into micro-batches in a fixed way, and ranks only share them out. The loss of each is a sum over
+images divided by the images of the global batch, so that gradients add up to the mean's, short last batch included.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from ddp_cifar.buffers import BufferMean
+from ddp_cifar.checkpoint import Checkpoints, State, load_weights
+from ddp_cifar.config import Config, to_dict
+from ddp_cifar.data.loader import EvalLoader, MicroBatch, StepBatch, TrainLoader
+from ddp_cifar.distributed import World
+from ddp_cifar.log import log
+from ddp_cifar.metrics import Counter, PhaseTimer, Totals
+from ddp_cifar.optim import Schedule, load_optimizer_state
+from ddp_cifar.seeding import derive_seed
+from ddp_cifar.tracking import Tracker
+
+
+@dataclass
+class Progress:
+    """How far a run is. With the config and the weights, all that it takes to go on."""
+
+    epoch: int = 0
+    """Epochs completed."""
+    step_in_epoch: int = 0
+    """Steps completed of the epoch that is under way."""
+    step: int = 0
+    """Steps completed in the run."""
+    train: Totals = dataclasses.field(default_factory=Totals)
+    """Over the images of the epoch that is under way, as they were trained on."""
+    results: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The scalars of the last evaluation, such as `test/accuracy`."""
+    best_val_accuracy: float = -1.0
+
+    def state_dict(self) -> State:
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, Totals(**value) if name == "train" else value)
+
+    def __str__(self) -> str:
+        names = {"train/accuracy": "training", "val/accuracy": "validation", "test/accuracy": "test"}
+        accuracies = [f"{name} accuracy {100 * self.results[tag]:.2f}%" for tag, name in names.items() if tag in self.results]
+        return ", ".join([f"epoch {self.epoch}, step {self.step}", *accuracies])
+
+
+class Trainer:
+    """Trains `model` on every rank of `world`. All parts are built by the caller and equal on all ranks."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        train: TrainLoader,
+        test: EvalLoader,
+        val: EvalLoader | None,
+        tracker: Tracker,
+        checkpoints: Checkpoints,
+        precision: str,
+        show_progress: bool = False,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.plan = train.sampler.plan
+        self.model = model
+        self.ddp = world.wrap(model)
+        self.optimizer = optimizer
+        self.schedule = Schedule(
+            optimizer, config.optim, steps_per_epoch=self.plan.steps_per_epoch, epochs=config.train.epochs
+        )
+        self.train, self.test, self.val = train, test, val
+        self.tracker = tracker
+        self.checkpoints = checkpoints
+        self.precision = precision
+        self.show_progress = show_progress
+
+        self.progress = Progress()
+        self.last_step = self.schedule.total_steps
+        if config.train.max_steps is not None:
+            self.last_step = min(self.last_step, config.train.max_steps)
+        self.buffers = BufferMean(model, world, self.plan.num_micro_batches)
+        self.counter = Counter(world.device)
+        self.timer = PhaseTimer(world.device)
+        self._settle_buckets()
+
+    # -- a run
+
+    def fit(self) -> None:
+        """Train from where `progress` is to the last step."""
+        while self.progress.step < self.last_step:
+            self.train_epoch()
+            self.finish_epoch()
+
+    def state_dict(self) -> State:
+        """All that a run needs to go on: plain dicts, lists, tensors, numbers and strings."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": self.progress.state_dict(),
+            "config": to_dict(self.config),
+        }
+
+    def load_state_dict(self, state: State, source: str) -> None:
+        """Go on from a state. Raises `UserError`, which names `source`, if its weights do not fit the model."""
+        load_weights(self.model, state["model"], source)
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.progress.load_state_dict(state["progress"])
+
+    # -- an epoch
+
+    def train_epoch(self) -> None:
+        """Train to the epoch's end, or to the run's last step where that comes first."""
+        progress, log_every = self.progress, self.config.train.log_every
+        steps = min(self.plan.steps_per_epoch, progress.step_in_epoch + self.last_step - progress.step)
+        self.epoch_started = self.window_started = time.perf_counter()
+        self.epoch_images = self.window_steps = self.window_images = 0
+        self.model.train()
+        batches = self.timer.timed("data", self.train.steps(progress.epoch, progress.step_in_epoch))
+        with tqdm(
+            total=self.plan.steps_per_epoch,
+            initial=progress.step_in_epoch,
+            desc=f"epoch {progress.epoch + 1}",
+            unit="step",
+            leave=False,
+            disable=not self.show_progress,
+        ) as bar:
+            while progress.step_in_epoch < steps:
+                self.train_step(next(batches))
+                bar.update()
+                if progress.step % log_every == 0:
+                    self.log_window()
+        progress.train += self.counter.reduce(self.world)
+        self.epoch_seconds = time.perf_counter() - self.epoch_started
+        self.timer.read()
+
+    def finish_epoch(self) -> None:
+        """Evaluate, print the article's line, and save, each when it is due."""
+        config, progress = self.config, self.progress
+        ended = progress.step_in_epoch == self.plan.steps_per_epoch
+        is_last = progress.step == self.last_step
+        number = progress.epoch + 1
+
+        scalars = {"epoch": number, "train/epoch_loss": progress.train.mean_loss}
+        scalars["train/epoch_images_per_s"] = self.epoch_images / self.epoch_seconds
+        scalars["time/epoch_s"] = self.epoch_seconds
+        evaluated = is_last or number % config.eval.every == 0
+        is_best = False
+        if evaluated:
+            started = time.perf_counter()
+            progress.results = {"train/accuracy": progress.train.accuracy}
+            if config.eval.train_accuracy == "full":
+                progress.results["train/accuracy"] = self.evaluate(self.train, augmented=True).accuracy
+            for name, loader in (("val", self.val), ("test", self.test)):
+                if loader is not None:
+                    totals = self.evaluate(loader)
+                    progress.results |= {f"{name}/loss": totals.mean_loss, f"{name}/accuracy": totals.accuracy}
+            scalars |= progress.results | {"time/evaluation_s": time.perf_counter() - started}
+            val_accuracy = progress.results.get("val/accuracy", -1.0)
+            is_best = val_accuracy > progress.best_val_accuracy
+            progress.best_val_accuracy = max(val_accuracy, progress.best_val_accuracy)
+        self.tracker.log(scalars, progress.step)
+        log.info(_epoch_line(scalars, "" if ended else f" (to step {progress.step})"))
+
+        if ended:
+            progress.epoch += 1
+            progress.step_in_epoch = 0
+            progress.train = Totals()
+        if is_last or is_best or number % config.checkpoint.every_epochs == 0:
+            self.checkpoints.save(self.state_dict(), progress.step, is_best)
+
+    # -- a step
+
+    def train_step(self, batch: StepBatch) -> None:
+        """One update from this rank's micro-batches of the step."""
+        self.lr = self.schedule.before_step(self.progress.step)
+        self.buffers.begin_step()
+        self.optimizer.zero_grad(set_to_none=True)
+        last = len(batch) - 1
+        for position, micro_batch in enumerate(self.timer.timed("data", batch)):
+            # ranks exchange gradients once a step, in the last micro-batch's backward
+            with self.timer.phase("compute"), contextlib.nullcontext() if position == last else self.ddp.no_sync():
+                self.forward_backward(micro_batch, batch.num_images, is_last=position == last)
+        with self.timer.phase("optimizer"):
+            if self.config.train.clip_norm is not None:
+                self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
+            self.optimizer.step()
+        self.progress.step += 1
+        self.progress.step_in_epoch += 1
+        self.window_steps += 1
+        self.window_images += batch.num_images
+        self.epoch_images += batch.num_images
+
+    def forward_backward(self, micro_batch: MicroBatch, step_images: int, *, is_last: bool) -> None:
+        """Add a micro-batch's part to the gradients of a step that has `step_images` images over all ranks."""
+        # dropout by the micro-batch's place in the run, so that it is the same on whatever rank
+        torch.manual_seed(derive_seed("dropout", self.config.seed, self.progress.step, micro_batch.index))
+        self.buffers.begin_micro_batch()
+        with self.autocast():
+            logits = self.ddp(micro_batch.images)
+        losses = F.cross_entropy(logits.float(), micro_batch.labels, reduction="none")
+        self.buffers.end_micro_batch(weight=len(losses) / step_images)
+        set_buffers = self.buffers.start_reducing() if is_last else None
+        # DDP divides the sum over ranks by their number, which here is in step_images already
+        (losses.sum() * (self.world.world_size / step_images)).backward()
+        self.counter.add(losses.detach(), logits.detach(), micro_batch.labels)
+        if set_buffers:
+            set_buffers()
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def log_window(self) -> None:
+        """A row of scalars over the steps since the last one, or since the epoch's start."""
+        norm = self.grad_norm if self.config.train.clip_norm is not None else self._grad_norm()
+        window = self.counter.reduce(self.world)
+        self.progress.train += window
+        now, steps = time.perf_counter(), self.window_steps
+        phases = self.timer.read()
+        scalars = {
+            "train/loss": window.mean_loss,
+            "train/batch_accuracy": window.accuracy,
+            "train/lr": self.lr,
+            "train/grad_norm": float(norm),
+            "train/images_per_s": self.window_images / (now - self.window_started),
+            "time/step_s": (now - self.window_started) / steps,
+            "time/data_s": phases["data"] / steps,
+            "time/forward_backward_s": phases["compute"] / steps,
+            "time/optimizer_s": phases["optimizer"] / steps,
+        }
+        self.tracker.log(scalars, self.progress.step)
+        self.window_started, self.window_steps, self.window_images = now, 0, 0
+
+    # -- an evaluation
+
+    @torch.inference_mode()
+    def evaluate(self, loader: EvalLoader, *, augmented: bool = False) -> Totals:
+        """Loss and accuracy over all images of a split, each counted once, whatever the number of ranks.
+
+        `augmented`, for the training split: over crops and mirrors of their own, drawn for the current epoch.
+        """
+        augmentations = None
+        if augmented:
+            assert isinstance(loader, TrainLoader)
+            augmentations = loader.augmentations(self.progress.epoch, purpose="augment for the training accuracy")
+        self.model.eval()
+        counter = Counter(self.world.device)
+        for images, labels in loader.evaluation_batches(self.world, self.config.eval.batch_size, augmentations):
+            with self.autocast():
+                logits = self.model(images)
+            counter.add(F.cross_entropy(logits.float(), labels, reduction="none"), logits, labels)
+        totals = counter.reduce(self.world)
+        if totals.images != len(loader):
+            raise RuntimeError(f"evaluation counted {totals.images} images of {len(loader)}")
+        return totals
+
+    # -- insides
+
+    def _grad_norm(self) -> Tensor:
+        return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    def _settle_buckets(self) -> None:
+        """One backward pass thrown away, after which DDP has its final buckets.
+
+        DDP regroups gradients into other buckets after the first backward of a process. The order in which gloo sums
+        an element depends on its place in a bucket, so the first step after a resume would round in another way than
+        the same step of an unbroken run.
+        """
+        kept = [buffer.clone() for buffer in self.model.buffers()]
+        shape, memory_format = self.train.images.shape[1:], self.train.memory_format
+        images = torch.zeros(2, *shape, device=self.world.device).to(memory_format=memory_format)
+        self.model.train()
+        with self.autocast():
+            logits = self.ddp(images)
+        logits.float().sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in zip(self.model.buffers(), kept, strict=True):
+                buffer.copy_(before)
+
+
+def _epoch_line(scalars: Mapping[str, float], note: str) -> str:
+    """The article's four fields, and the speed."""
+    parts: Iterable[str] = [f"Iteration: {scalars['epoch']:.0f}{note}", f"Loss: {scalars['train/epoch_loss']:.4f}"]
+    names = {"train/accuracy": "Training", "val/accuracy": "Validation", "test/accuracy": "Test"}
+    parts += [f"{name} accuracy: {100 * scalars[tag]:.2f}%" for tag, name in names.items() if tag in scalars]
+    seconds = f"{scalars['time/epoch_s']:.1f} s"
+    if "time/evaluation_s" in scalars:
+        seconds += f" + {scalars['time/evaluation_s']:.1f} s evaluation"
+    return " | ".join([*parts, f"{scalars['train/epoch_images_per_s']:.0f} images/s", seconds])
