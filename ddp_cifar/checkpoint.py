@@ -141,7 +141,9 @@ class Checkpoints:
             self._remove_old()
         except OSError as error:
             self.failed_saves += 1
-            log.warning(f"checkpoint {path} was not saved ({error.strerror}); training goes on, older checkpoints are kept")
+            log.warning(
+                f"checkpoint {path} was not saved ({error.strerror}); training goes on, older checkpoints are kept"
+            )
 
     def _remove_old(self) -> None:
         best = self.folder / "best.pt"
@@ -195,7 +197,8 @@ def find_checkpoint(resume: str, own: Checkpoints) -> Loaded | None:
 def check_same_run(checkpoint: Loaded, config: Config) -> None:
     """Raise `UserError` where `config` and a checkpoint's differ in what makes the run; log other differences."""
     before, now = flatten(checkpoint.state["config"]), flatten(to_dict(config))
-    refused, logged = [], []
+    refused: list[str] = []
+    logged: list[str] = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key, "not set"), now.get(key, "not set")
         if old == new or key in ("run_dir", "resume"):

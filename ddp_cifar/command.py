@@ -46,9 +46,11 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
 def _record(message: str, details: str) -> None:
     """Leave the error where torchrun looks for it, in the form that torch's `@record` writes.
 
-    (`@record` itself would print a traceback, and put one into torchrun's report, for a user's mistake too.)
+    (`@record` itself would print a traceback, and put one into torchrun's report, for a user's mistake too.) Beside it
+    goes `error.txt`, the one line that launch/*.sh repeat.
     """
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
         extra = {"py_callstack": details, "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+        path.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+        path.with_suffix(".txt").write_text(f"[rank {os.environ.get('RANK')}] error: {message}\n")

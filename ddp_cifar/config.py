@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Optional
+from typing import Any, Literal, NoReturn
 
 import yaml
 from omegaconf import OmegaConf
@@ -112,14 +112,14 @@ class OptimConfig:
 class TrainConfig:
     epochs: int = 30
     """Passes over the training set. The learning-rate schedule spans all of them."""
-    max_steps: Optional[int] = None
+    max_steps: int | None = None
     """End the run at this step, wherever that is. The schedule stays as `epochs` makes it; a larger value goes on."""
     global_batch_size: int = 512
     """Images an update sees, over all ranks. Images a rank and accumulation follow from it and are printed."""
-    micro_batch_size: Optional[int] = 64
+    micro_batch_size: int | None = 64
     """Images of one forward pass on one rank. Fixed, any number of ranks computes the same gradients, BatchNorm and
     dropout included; null: global_batch_size / ranks, plain DDP, and results depend on the number of ranks."""
-    clip_norm: Optional[float] = None
+    clip_norm: float | None = None
     """Scale the gradient down to this norm where it is larger. null: never."""
     channels_last: bool = True
     """Keep images and weights in channels-last memory order, which convolutions prefer."""
@@ -297,7 +297,13 @@ def fields(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, obj
 def help_text(tables: Tables) -> str:
     """What `--help` prints: every key with its type, default and docstring."""
     lines = ["usage: [torchrun ...] python -m ddp_cifar.COMMAND [CONFIG.yaml] [key=value ...]", ""]
-    lines += ["  --help          this text", "  --print-config  the resolved config as YAML", "", "keys and defaults:", ""]
+    lines += [
+        "  --help          this text",
+        "  --print-config  the resolved config as YAML",
+        "",
+        "keys and defaults:",
+        "",
+    ]
     for key, annotation, default, doc in fields():
         kind = f"one of {', '.join(tables[key])}" if key in tables else _type_name(annotation)
         lines.append(f"  {key}={'null' if default is None else _as_typed(default)}  ({kind})")

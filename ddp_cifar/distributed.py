@@ -152,7 +152,7 @@ def open_world(device: str = "auto", backend: str = "auto") -> Iterator[World]:
         if backend == "nccl":
             options["device_id"] = own
     if "RANK" not in os.environ:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # needs no port
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]  # needs no port
     try:
         dist.init_process_group(**options)
     except (RuntimeError, ValueError, dist.DistError) as error:
@@ -182,7 +182,9 @@ def _from_environment(name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"{name}={text!r} in the environment is not a number: start with torchrun, or unset it") from None
+        raise UserError(
+            f"{name}={text!r} in the environment is not a number: start with torchrun, or unset it"
+        ) from None
 
 
 def _pick_device(device: str, local_rank: int, local_world_size: int, world_size: int) -> torch.device:

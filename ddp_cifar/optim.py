@@ -11,13 +11,15 @@ from torch.optim import SGD, Adam, Optimizer
 from ddp_cifar.config import OptimConfig
 
 Parameters = Iterable[nn.Parameter]
+Implementation = dict[str, Any]
+"""torch's switches foreach, fused and capturable, each True or False."""
 
 
-def _adam(parameters: Parameters, config: OptimConfig, implementation: dict[str, bool]) -> Optimizer:
+def _adam(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
     return Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, **implementation)
 
 
-def _sgd(parameters: Parameters, config: OptimConfig, implementation: dict[str, bool]) -> Optimizer:
+def _sgd(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
     return SGD(
         parameters,
         lr=config.lr,
@@ -28,8 +30,8 @@ def _sgd(parameters: Parameters, config: OptimConfig, implementation: dict[str, 
     )
 
 
-OPTIMIZERS: dict[str, Callable[[Parameters, OptimConfig, dict[str, bool]], Optimizer]] = {"adam": _adam, "sgd": _sgd}
-"""Name -> function of the parameters, the config, and torch's switches foreach, fused and capturable."""
+OPTIMIZERS: dict[str, Callable[[Parameters, OptimConfig, Implementation], Optimizer]] = {"adam": _adam, "sgd": _sgd}
+"""Name -> function of the parameters, the config and the implementation."""
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
@@ -52,9 +54,7 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def lr_factor(
-    step: int, *, total_steps: int, warmup_steps: int, schedule: Literal["constant", "cosine"]
-) -> float:
+def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: Literal["constant", "cosine"]) -> float:
     """The peak rate's multiplier for the update after `step` completed ones.
 
     Rises linearly over the first `warmup_steps` updates, the first of which already moves; then stays at 1, or falls

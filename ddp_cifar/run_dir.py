@@ -1,12 +1,12 @@
 """RUN_DIR: all that a run writes, its layout, and the lock that keeps two runs out of one folder.
 
-    config.yaml                   the resolved config
-    status                        running, finished, or failed: REASON; `running` left by a dead process means it crashed
-    metrics.jsonl                 a row of scalars every few steps and at every epoch's end
-    tensorboard/                  the same for TensorBoard
-    checkpoints/step_NNNNNNNN.pt  checkpoints, with links `latest.pt` and `best.pt`
-    logs/rank_N.log               each rank's text
-    lock                          host and pid of the run that holds it
+config.yaml                   the resolved config
+status                        running, finished, or failed: REASON; `running` left by a dead process means it crashed
+metrics.jsonl                 a row of scalars every few steps and at every epoch's end
+tensorboard/                  the same for TensorBoard
+checkpoints/step_NNNNNNNN.pt  checkpoints, with links `latest.pt` and `best.pt`
+logs/rank_N.log               each rank's text
+lock                          host and pid of the run that holds it
 """
 
 import contextlib

@@ -55,17 +55,17 @@ class TensorBoardTracker:
     def __init__(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # here, as it takes a second to import
 
-        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(tag, value, step)
 
     def log_text(self, tag: str, text: str, step: int) -> None:
-        self.writer.add_text(tag, text, step)  # type: ignore[no-untyped-call]
+        self.writer.add_text(tag, text, step)
 
     def close(self) -> None:
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
 
 
 class _All:

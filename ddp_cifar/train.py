@@ -40,8 +40,10 @@ def main(argv: Sequence[str]) -> int:
         if resumed:
             check_same_run(resumed, config)
             progress.load_state_dict(resumed.state["progress"])
-            if progress.epoch >= config.train.epochs or progress.step >= (config.train.max_steps or progress.step + 1):
-                log.info(f"{run_dir.path} is finished: {progress}. A larger train.epochs or train.max_steps would go on")
+            if progress.is_finished(config.train):
+                log.info(
+                    f"{run_dir.path} is finished: {progress}. A larger train.epochs or train.max_steps would go on"
+                )
                 return 0
 
         dataset = build_dataset(config.data, world)
@@ -74,7 +76,7 @@ def build_trainer(
     torch.manual_seed(derive_seed("init", config.seed))
     model = MODELS[config.model.name](len(dataset.classes)).to(place)
     if channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     precision = pick_precision(config.precision, world)
 
     splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
@@ -82,10 +84,14 @@ def build_trainer(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     threads = f", {torch.get_num_threads()} threads a rank" if place.type == "cpu" else ""
     log.info(f"{config.data.name}: {images} images of {len(dataset.classes)} classes")
-    log.info(f"{config.model.name}: {parameters:,} parameters, {precision}, on {place.type} over {world.backend}{threads}")
+    log.info(
+        f"{config.model.name}: {parameters:,} parameters, {precision}, on {place.type} over {world.backend}{threads}"
+    )
     log.info(str(plan))
     if config.train.micro_batch_size is None:
-        log.info("train.micro_batch_size is null: BatchNorm and dropout, and so the results, depend on the number of ranks")
+        log.info(
+            "train.micro_batch_size is null: BatchNorm and dropout, and so the results, depend on the number of ranks"
+        )
 
     return Trainer(
         config,

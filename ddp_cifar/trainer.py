@@ -7,7 +7,7 @@ images divided by the images of the global batch, so that gradients add up to th
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ddp_cifar.buffers import BufferMean
 from ddp_cifar.checkpoint import Checkpoints, State, load_weights
-from ddp_cifar.config import Config, to_dict
+from ddp_cifar.config import Config, TrainConfig, to_dict
 from ddp_cifar.data.loader import EvalLoader, MicroBatch, StepBatch, TrainLoader
 from ddp_cifar.distributed import World
 from ddp_cifar.log import log
@@ -45,6 +45,10 @@ class Progress:
     """The scalars of the last evaluation, such as `test/accuracy`."""
     best_val_accuracy: float = -1.0
 
+    def is_finished(self, train: TrainConfig) -> bool:
+        """True where `train` asks for no step more."""
+        return self.epoch >= train.epochs or (train.max_steps is not None and self.step >= train.max_steps)
+
     def state_dict(self) -> State:
         return dataclasses.asdict(self)
 
@@ -54,7 +58,9 @@ class Progress:
 
     def __str__(self) -> str:
         names = {"train/accuracy": "training", "val/accuracy": "validation", "test/accuracy": "test"}
-        accuracies = [f"{name} accuracy {100 * self.results[tag]:.2f}%" for tag, name in names.items() if tag in self.results]
+        accuracies = [
+            f"{name} accuracy {100 * self.results[tag]:.2f}%" for tag, name in names.items() if tag in self.results
+        ]
         return ", ".join([f"epoch {self.epoch}, step {self.step}", *accuracies])
 
 
@@ -297,7 +303,7 @@ class Trainer:
 
 def _epoch_line(scalars: Mapping[str, float], note: str) -> str:
     """The article's four fields, and the speed."""
-    parts: Iterable[str] = [f"Iteration: {scalars['epoch']:.0f}{note}", f"Loss: {scalars['train/epoch_loss']:.4f}"]
+    parts = [f"Iteration: {scalars['epoch']:.0f}{note}", f"Loss: {scalars['train/epoch_loss']:.4f}"]
     names = {"train/accuracy": "Training", "val/accuracy": "Validation", "test/accuracy": "Test"}
     parts += [f"{name} accuracy: {100 * scalars[tag]:.2f}%" for tag, name in names.items() if tag in scalars]
     seconds = f"{scalars['time/epoch_s']:.1f} s"

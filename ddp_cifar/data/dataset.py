@@ -53,7 +53,9 @@ class DataSet:
         if val_images == 0:
             return self
         if val_images >= len(self.train):
-            raise UserError(f"data.val_images={val_images} leaves none of the {len(self.train)} training images to train on")
+            raise UserError(
+                f"data.val_images={val_images} leaves none of the {len(self.train)} training images to train on"
+            )
         shuffled = torch.randperm(len(self.train), generator=generator("val"))
         val, train = shuffled[:val_images].sort().values, shuffled[val_images:].sort().values
         return DataSet(self.train.take(train), self.test, self.classes, val=self.train.take(val))

@@ -85,7 +85,9 @@ class EvalLoader:
 class TrainLoader(EvalLoader):
     """The training split, and this rank's part of each step."""
 
-    def __init__(self, split: Split, sampler: StepSampler, seed: int, device: torch.device, channels_last: bool) -> None:
+    def __init__(
+        self, split: Split, sampler: StepSampler, seed: int, device: torch.device, channels_last: bool
+    ) -> None:
         super().__init__(split, device, channels_last)
         self.sampler = sampler
         self.seed = seed

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from ddp_cifar.config import TrainConfig
 from ddp_cifar.errors import UserError
@@ -111,7 +112,10 @@ class StepSampler:
         self.plan = plan
         self.rank = rank
         # one replica is the whole order: V strided ones would shuffle it V times over, and pad it
-        self.order = DistributedSampler(range(plan.num_images), num_replicas=1, rank=0, shuffle=True, seed=seed)
+        images = cast("Dataset[int]", range(plan.num_images))  # it asks for the length alone
+        self.order: DistributedSampler[int] = DistributedSampler(
+            images, num_replicas=1, rank=0, shuffle=True, seed=seed
+        )
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[StepIndices]:
         """This rank's part of the epoch's steps from `first_step` on; earlier ones are sliced off, not read."""
@@ -122,6 +126,7 @@ class StepSampler:
         for step in range(first_step, plan.steps_per_epoch):
             batch = order[step * plan.global_batch_size : (step + 1) * plan.global_batch_size]
             micro_batches = tuple(
-                MicroBatchIndices(m, batch[m :: plan.num_micro_batches]) for m in range(first, first + plan.grad_accum_steps)
+                MicroBatchIndices(m, batch[m :: plan.num_micro_batches])
+                for m in range(first, first + plan.grad_accum_steps)
             )
             yield StepIndices(len(batch), micro_batches)

@@ -1,0 +1,32 @@
+# shellcheck shell=bash
+# Shared by the scripts of this folder; sourced, not run.
+
+# The project's own environment, where none is active.
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if ! command -v torchrun >/dev/null && [ -x "$checkout/.venv/bin/torchrun" ]; then
+  PATH="$checkout/.venv/bin:$PATH"
+fi
+
+# wait_for PID: wait until it has ended, through the signals that this shell traps meanwhile; its status.
+wait_for() {
+  local status
+  while :; do
+    wait "$1" && status=0 || status=$?
+    kill -0 "$1" 2>/dev/null || return "$status"
+  done
+}
+
+# repeat_error DIR: the line of the rank that failed first, from what the ranks left under torchrun's log folder.
+repeat_error() {
+  local first
+  if [ -n "${interrupted:-}" ]; then
+    echo "error: interrupted" >&2
+    return
+  fi
+  first=$(find "$1" -name error.txt -printf '%T@ %p\n' 2>/dev/null | sort -n | head -n 1 | cut -d ' ' -f 2-)
+  if [ -n "$first" ]; then
+    cat "$first" >&2
+  else
+    echo "error: a process ended without a word (killed, or not started): torchrun's report above names it" >&2
+  fi
+}

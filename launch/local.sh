@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# A run on this machine:
+#
+#     launch/local.sh [CONFIG.yaml] [key=value ...]
+#     NPROC_PER_NODE=4 launch/local.sh configs/demo.yaml       # four ranks
+#     NNODES=2 NPROC_PER_NODE=2 launch/local.sh ...            # two torchrun agents that meet on loopback, as two nodes do
+#
+# NPROC_PER_NODE, OMP_NUM_THREADS, MODULE and MAX_RESTARTS are as in node.sh. Ctrl-C ends everything. With several nodes
+# each line has its node in front, and if one node fails, all end. After a failure the last line is the error of the rank
+# that failed first.
+set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+# shellcheck source=launch/common.sh
+source "$here/common.sh"
+
+nnodes=${NNODES:-1}
+if [ "$nnodes" = 1 ]; then
+  exec "$here/node.sh" "$@"
+fi
+
+LOG_DIR=$(mktemp -d)
+trap 'rm -rf "$LOG_DIR"' EXIT
+export LOG_DIR
+export NPROC_PER_NODE=${NPROC_PER_NODE:-1}
+ranks=$((nnodes * NPROC_PER_NODE)) cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+# everything stays on loopback: a host name may map to another address, or to none
+export HEAD="127.0.0.1:$((20000 + $$ % 10000))" RUN_ID="local-$$" LOCAL_ADDR=127.0.0.1
+export GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo
+
+nodes=()
+for ((node = 0; node < nnodes; node++)); do
+  "$here/node.sh" "$@" > >(exec sed -u "s/^/[node $node] /") 2>&1 &
+  nodes+=($!)
+done
+end_all() { kill -TERM "${nodes[@]}" 2>/dev/null || true; }
+trap 'interrupted=1; end_all' INT TERM HUP
+
+status=0
+for _ in "${nodes[@]}"; do
+  wait -n && ended=0 || ended=$?
+  if [ "$status" = 0 ] && [ "$ended" != 0 ]; then
+    status=$ended
+    end_all # they would wait for the one that failed
+  fi
+done
+for node in "${nodes[@]}"; do wait_for "$node" || true; done
+[ "$status" = 0 ] || { sleep 0.2; repeat_error "$LOG_DIR"; }
+exit "$status"

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# One node's torchrun agent, which starts and watches its ranks. Run it once on every node of a run:
+#
+#     launch/node.sh [CONFIG.yaml] [key=value ...]
+#
+# Settings, by environment variables:
+#   NPROC_PER_NODE   ranks on this node; default: its GPUs, else 1
+#   NNODES           nodes of the run; default 1
+#   HEAD             HOST:PORT where the nodes meet; needed with several nodes, the same on all
+#   RUN_ID           a name for this start, the same on all nodes; default ddp_cifar
+#   LOCAL_ADDR       the address that other nodes reach this one by; default: its host name's
+#   MAX_RESTARTS     times that the ranks are started again after a failure; default 0
+#   OMP_NUM_THREADS  CPU threads a rank; default: the node's cores shared out
+#   MODULE           what every rank runs; default ddp_cifar.train
+#   LOG_DIR          where torchrun and the ranks leave their errors; default: a temporary folder
+#
+# Exits with torchrun's status; after a failure the last line is the error of the rank that failed first.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+count_gpus() {
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
+  else
+    { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true
+  fi
+}
+
+if ! command -v torchrun >/dev/null; then
+  echo "error: torchrun is not on PATH: activate the environment, or make one with \`make install\`" >&2
+  exit 2
+fi
+nnodes=${NNODES:-1}
+gpus=$(count_gpus)
+nproc_per_node=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+
+# torchrun would give each rank one thread
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc_per_node ? cores / nproc_per_node : 1))}
+# without it restarted ranks read the addresses of the dead ones, and fail or hang
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+log_dir=${LOG_DIR:-$(mktemp -d)}
+flags=(--nnodes="$nnodes" --nproc-per-node="$nproc_per_node" --max-restarts="${MAX_RESTARTS:-0}" --log-dir="$log_dir")
+if [ "$nnodes" = 1 ]; then
+  flags+=(--standalone)
+elif [ -n "${HEAD:-}" ]; then
+  flags+=(--rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${RUN_ID:-ddp_cifar}")
+else
+  echo "error: NNODES=$nnodes needs HEAD=HOST:PORT, where the nodes meet, the same on all of them" >&2
+  exit 2
+fi
+[ -z "${LOCAL_ADDR:-}" ] || flags+=(--local-addr="$LOCAL_ADDR")
+
+# In a process group of its own (-m), so that Ctrl-C comes once, from here, and as the signal that torchrun
+# passes on and waits for.
+set -m
+torchrun "${flags[@]}" -m "${MODULE:-ddp_cifar.train}" "$@" &
+agent=$!
+trap 'interrupted=1; kill -TERM "$agent" 2>/dev/null' INT TERM HUP
+wait_for "$agent" && status=0 || status=$?
+
+[ "$status" = 0 ] || repeat_error "$log_dir"
+[ -n "${LOG_DIR:-}" ] || rm -rf "$log_dir"
+exit "$status"
