@@ -57,6 +57,19 @@ class Counter:
         return Totals(loss, correct, int(images))
 
 
+class Span:
+    """Steps and images since its making."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.steps = 0
+        self.images = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+
 class PhaseTimer:
     """Adds up the seconds of named phases. On CUDA they are taken between events on the stream, so nothing waits."""
 

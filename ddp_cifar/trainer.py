@@ -23,7 +23,7 @@ from ddp_cifar.config import Config, TrainConfig, to_dict
 from ddp_cifar.data.loader import EvalLoader, MicroBatch, StepBatch, TrainLoader
 from ddp_cifar.distributed import World
 from ddp_cifar.log import log
-from ddp_cifar.metrics import Counter, PhaseTimer, Totals
+from ddp_cifar.metrics import Counter, PhaseTimer, Span, Totals
 from ddp_cifar.optim import Schedule, load_optimizer_state
 from ddp_cifar.seeding import derive_seed
 from ddp_cifar.tracking import Tracker
@@ -104,6 +104,7 @@ class Trainer:
         self.buffers = BufferMean(model, world, self.plan.num_micro_batches)
         self.counter = Counter(world.device)
         self.timer = PhaseTimer(world.device)
+        self.epoch, self.window = Span(), Span()
         self._settle_buckets()
 
     # -- a run
@@ -135,9 +136,8 @@ class Trainer:
         """Train to the epoch's end, or to the run's last step where that comes first."""
         progress, log_every = self.progress, self.config.train.log_every
         steps = min(self.plan.steps_per_epoch, progress.step_in_epoch + self.last_step - progress.step)
-        self.epoch_started = self.window_started = time.perf_counter()
-        self.epoch_images = self.window_steps = self.window_images = 0
         self.model.train()
+        self.epoch, self.window = Span(), Span()
         batches = self.timer.timed("data", self.train.steps(progress.epoch, progress.step_in_epoch))
         with tqdm(
             total=self.plan.steps_per_epoch,
@@ -153,7 +153,7 @@ class Trainer:
                 if progress.step % log_every == 0:
                     self.log_window()
         progress.train += self.counter.reduce(self.world)
-        self.epoch_seconds = time.perf_counter() - self.epoch_started
+        self.epoch_seconds = self.epoch.seconds
         self.timer.read()
 
     def finish_epoch(self) -> None:
@@ -164,7 +164,7 @@ class Trainer:
         number = progress.epoch + 1
 
         scalars = {"epoch": number, "train/epoch_loss": progress.train.mean_loss}
-        scalars["train/epoch_images_per_s"] = self.epoch_images / self.epoch_seconds
+        scalars["train/epoch_images_per_s"] = self.epoch.images / self.epoch_seconds
         scalars["time/epoch_s"] = self.epoch_seconds
         evaluated = is_last or number % config.eval.every == 0
         is_best = False
@@ -209,9 +209,9 @@ class Trainer:
             self.optimizer.step()
         self.progress.step += 1
         self.progress.step_in_epoch += 1
-        self.window_steps += 1
-        self.window_images += batch.num_images
-        self.epoch_images += batch.num_images
+        for span in (self.epoch, self.window):
+            span.steps += 1
+            span.images += batch.num_images
 
     def forward_backward(self, micro_batch: MicroBatch, step_images: int, *, is_last: bool) -> None:
         """Add a micro-batch's part to the gradients of a step that has `step_images` images over all ranks."""
@@ -235,23 +235,23 @@ class Trainer:
     def log_window(self) -> None:
         """A row of scalars over the steps since the last one, or since the epoch's start."""
         norm = self.grad_norm if self.config.train.clip_norm is not None else self._grad_norm()
-        window = self.counter.reduce(self.world)
-        self.progress.train += window
-        now, steps = time.perf_counter(), self.window_steps
+        totals = self.counter.reduce(self.world)
+        self.progress.train += totals
+        seconds, steps = self.window.seconds, self.window.steps
         phases = self.timer.read()
         scalars = {
-            "train/loss": window.mean_loss,
-            "train/batch_accuracy": window.accuracy,
+            "train/loss": totals.mean_loss,
+            "train/batch_accuracy": totals.accuracy,
             "train/lr": self.lr,
             "train/grad_norm": float(norm),
-            "train/images_per_s": self.window_images / (now - self.window_started),
-            "time/step_s": (now - self.window_started) / steps,
+            "train/images_per_s": self.window.images / seconds,
+            "time/step_s": seconds / steps,
             "time/data_s": phases["data"] / steps,
             "time/forward_backward_s": phases["compute"] / steps,
             "time/optimizer_s": phases["optimizer"] / steps,
         }
         self.tracker.log(scalars, self.progress.step)
-        self.window_started, self.window_steps, self.window_images = now, 0, 0
+        self.window = Span()
 
     # -- an evaluation
 

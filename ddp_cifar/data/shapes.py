@@ -123,8 +123,8 @@ def _draw(labels: Tensor, random: torch.Generator) -> Tensor:
         bit = torch.where(uniform(0, 1) < 0.5, torch.hypot(u, v) - 0.7, torch.maximum(u.abs() - 1.2, v.abs() - 0.35))
         canvas = canvas.lerp(uniform(0, 1, 3).expand_as(canvas), cover(bit, size))
 
-    size = uniform(6.5, 10.5)
-    u, v = local(size, 4.5)
+    size = uniform(7.5, 11)
+    u, v = local(size, 3.5)
     distance = torch.empty_like(u)
     for label, form in enumerate(FORMS.values()):
         mine = labels == label

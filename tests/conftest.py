@@ -1,0 +1,113 @@
+"""Fixtures of all tests."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankPool
+
+import ddp_cifar.command
+import ddp_cifar.train
+from ddp_cifar.distributed import World, open_world
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """With NO_SKIPS set, as in CI, a skipped test fails, but for those marked gpu."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and os.environ.get("NO_SKIPS") and not item.get_closest_marker("gpu"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped where nothing may be: {report.longrepr}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_trace() -> Iterator[None]:
+    """A test leaves the environment, the process group and non-daemon threads as it found them."""
+    environment, threads = dict(os.environ), set(threading.enumerate())
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    changed = {name for name in {*environment, *os.environ} if environment.get(name) != os.environ.get(name)}
+    changed -= {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+    assert not changed, f"the test changed environment variables: {changed}"
+    left = [thread for thread in set(threading.enumerate()) - threads if not thread.daemon and thread.is_alive()]
+    assert not left, f"the test left threads: {left}"
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    pool = RankPool()
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    """A world of one, in this process."""
+    with open_world("cpu") as world:
+        yield world
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`python -m ddp_cifar.train ARGUMENTS` within this process."""
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["train", *arguments])
+        monkeypatch.setattr(os, "_exit", sys.exit)
+        capfd.readouterr()
+        status = 0
+        try:
+            ddp_cifar.command.run_command(ddp_cifar.train.main)
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        with contextlib.suppress(ValueError, AssertionError):
+            dist.destroy_process_group()
+        return Outcome(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Callable[..., Outcome]:
+    """A command as a user would type it in the checkout, with the environment's programs on PATH."""
+
+    def run(*command: str, timeout: float = 120, **environment: str) -> Outcome:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        done = subprocess.run(
+            command,
+            cwd=CHECKOUT,
+            env={**inherited, "PATH": path, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run

@@ -1,0 +1,57 @@
+"""Small data sets, configs and trainers for the tests."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddp_cifar.checkpoint import Checkpoints, NullCheckpoints
+from ddp_cifar.config import Config, load_config
+from ddp_cifar.data.dataset import DataSet, Split
+from ddp_cifar.distributed import World
+from ddp_cifar.tracking import NullTracker, Tracker
+from ddp_cifar.train import TABLES, build_trainer
+from ddp_cifar.trainer import Trainer
+
+CLASSES = tuple("abcdefghij")
+
+
+def config_of(*arguments: str) -> Config:
+    """The config that a command line gives."""
+    return load_config(arguments, TABLES)
+
+
+def random_split(num_images: int, seed: int = 0, classes: int = 10) -> Split:
+    random = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (num_images, 3, 32, 32), dtype=torch.uint8, generator=random)
+    return Split.of(images, torch.randint(classes, (num_images,), generator=random))
+
+
+def random_dataset(train: int, test: int = 8, val: int = 0) -> DataSet:
+    return DataSet(random_split(train), random_split(test, seed=1), CLASSES).hold_out(val)
+
+
+def make_trainer(
+    world: World,
+    config: Config,
+    dataset: DataSet,
+    *,
+    tracker: Tracker | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> Trainer:
+    return build_trainer(
+        config, world, dataset, tracker or NullTracker(), checkpoints or NullCheckpoints(Path("nowhere"), keep=1)
+    )
+
+
+def without_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | nn.Dropout2d):
+            module.p = 0.0
+
+
+def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """Over two dicts of tensors with the same keys."""
+    assert a.keys() == b.keys()
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)

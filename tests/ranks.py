@@ -1,0 +1,94 @@
+"""Runs a function on n ranks, each a real process in one gloo group, and returns every rank's result."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ddp_cifar.distributed import open_world
+
+TIMEOUT_S = 180
+
+
+class RankPool:
+    """Up to `size` processes that serve one test after another, as importing torch anew for each would take seconds."""
+
+    def __init__(self, size: int = 4) -> None:
+        self.size = size
+        self.workers: list[tuple[Any, multiprocessing.connection.Connection]] = []
+
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+        """`function(world, *args)` on ranks 0 to world_size - 1; raises with the traceback of a rank that failed."""
+        self._start(world_size)
+        # the ranks meet as under torchrun: at a store that is not theirs, on whatever port is free
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for rank, (_, pipe) in enumerate(self.workers[:world_size]):
+            environment = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world_size,
+                "LOCAL_WORLD_SIZE": world_size,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": store.port,
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }
+            pipe.send_bytes(pickle.dumps((environment, function, args)))
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + TIMEOUT_S
+        while len(results) < world_size:
+            waiting = {self.workers[rank][1]: rank for rank in range(world_size) if rank not in results}
+            ready = multiprocessing.connection.wait(list(waiting), timeout=max(0, deadline - time.monotonic()))
+            failure = None if ready else f"ranks {sorted(waiting.values())} gave no result within {TIMEOUT_S} s"
+            for pipe in ready:
+                rank = waiting[pipe]
+                try:
+                    succeeded, value = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    succeeded, value = False, "the process ended"
+                if succeeded:
+                    results[rank] = value
+                else:
+                    failure = f"rank {rank} failed:\n{value}"
+            if failure:
+                self.stop()
+                raise AssertionError(failure)
+        return [results[rank] for rank in range(world_size)]
+
+    def stop(self) -> None:
+        for process, _ in self.workers:
+            process.kill()
+            process.join()
+        self.workers = []
+
+    def _start(self, world_size: int) -> None:
+        assert world_size <= self.size
+        context = multiprocessing.get_context("spawn")
+        while len(self.workers) < world_size:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self.workers.append((process, ours))
+
+
+def _serve(pipe: multiprocessing.connection.Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            environment, function, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        try:
+            with open_world("cpu") as world:
+                outcome = (True, function(world, *args))
+        except BaseException:
+            outcome = (False, traceback.format_exc())
+        pipe.send_bytes(pickle.dumps(outcome))

@@ -1,0 +1,281 @@
+"""The loop: equal to the article's, equal on any number of ranks, exact in evaluation, and able to go on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import config_of, largest_difference, make_trainer, random_dataset, random_split, without_dropout
+from ranks import RankPool
+from torch import Tensor, nn, optim
+
+from ddp_cifar.checkpoint import digest
+from ddp_cifar.data.dataset import DataSet
+from ddp_cifar.distributed import World
+from ddp_cifar.models.cnn import CNN
+
+# -- the article's loop
+
+
+def article_loop(net: nn.Module, optimizer: optim.Optimizer, epochs: list[list[tuple[Tensor, Tensor]]]) -> None:
+    """As printed, but for the batches, the clamp's numbers, and `fill_` where a current torch refuses an int."""
+    criterion = nn.CrossEntropyLoss()
+    for epoch, trainloader in enumerate(epochs):
+        for _i, data in enumerate(trainloader, 0):
+            inputs, labels = data
+            optimizer.zero_grad()
+            outputs = net(inputs)
+            loss = criterion(outputs, labels)
+            loss.backward()
+            if epoch > 0:
+                for group in optimizer.param_groups:
+                    for p in group["params"]:
+                        state = optimizer.state[p]
+                        if state["step"] >= 6:
+                            state["step"].fill_(4)
+            optimizer.step()
+
+
+@pytest.mark.parametrize("implementation", ["default", "foreach", "fused"])
+def test_training_gives_the_weights_of_the_articles_loop(alone: World, implementation: str) -> None:
+    equals_the_articles_loop(alone, implementation, tolerance=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["default", "foreach", "fused", "capturable"])
+def test_training_on_a_gpu_gives_the_weights_of_the_articles_loop(implementation: str) -> None:
+    from ddp_cifar.distributed import open_world
+
+    torch.backends.cudnn.deterministic = True
+    with open_world("cuda") as world:
+        equals_the_articles_loop(world, implementation, tolerance=1e-6)
+
+
+def equals_the_articles_loop(world: World, implementation: str, tolerance: float) -> None:
+    config = config_of(
+        "train.global_batch_size=16",
+        "train.micro_batch_size=16",
+        "train.epochs=3",
+        "train.channels_last=false",
+        "precision=fp32",
+        "optim.lr=5e-4",
+        "optim.weight_decay=5e-4",
+        "optim.schedule=constant",
+        "optim.warmup_epochs=0",
+        f"optim.implementation={implementation}",
+        "optim.step_clamp.after_epoch=1",
+        "optim.step_clamp.limit=6",
+        "optim.step_clamp.reset_to=4",
+    )
+    trainer = make_trainer(world, config, random_dataset(64))
+    without_dropout(trainer.model)
+    net = CNN().to(world.device)
+    net.load_state_dict(trainer.model.state_dict())
+    without_dropout(net)
+    switches: dict[str, Any] = {"foreach": False, "fused": False, implementation: True}
+    switches.pop("default", None)
+    optimizer = optim.Adam(net.parameters(), lr=5e-4, weight_decay=5e-4, **switches)
+    epochs = [
+        [(micro.images, micro.labels) for step in trainer.train.steps(epoch) for micro in step] for epoch in range(3)
+    ]
+    net.train()
+    article_loop(net, optimizer, epochs)
+    trainer.fit()
+    assert largest_difference(trainer.model.state_dict(), net.state_dict()) <= tolerance
+    counts = {float(state["step"]) for state in trainer.optimizer.state.values()}
+    # 12 updates: 1 ... 6 freely in step counts, then 6 -> 4, 5, 6 -> 4 ...
+    assert counts == {float(state["step"]) for state in optimizer.state.values()} == {6.0}
+
+
+# -- any number of ranks
+
+TEN_STEPS = (
+    "precision=fp32",
+    "optim.name=sgd",
+    "optim.lr=0.01",
+    "optim.schedule=constant",
+    "optim.warmup_epochs=0",
+    "train.global_batch_size=32",
+    "train.epochs=4",
+    "train.max_steps=10",
+)
+
+
+def train_ten_steps(world: World, arguments: tuple[str, ...], num_images: int) -> dict[str, Any]:
+    config = config_of(*TEN_STEPS, *arguments)
+    trainer = make_trainer(world, config, random_dataset(num_images))
+    pixels = {}
+    for step, batch in enumerate(trainer.train.steps(epoch=1)):
+        for micro in batch:
+            pixels[step, micro.index] = (micro.images.clone(), micro.labels.clone())
+    after = {}
+    for name, step in (("first", 0), ("short", trainer.plan.steps_per_epoch - 1)):
+        single = make_trainer(world, config, random_dataset(num_images))
+        single.model.train()
+        single.train_step(next(single.train.steps(0, first_step=step)))
+        gradients = {key: parameter.grad.clone() for key, parameter in single.model.named_parameters()}
+        after[name] = {"gradients": gradients, "buffers": dict(single.model.named_buffers())}
+    trainer.fit()
+    assert trainer.progress.step == 10
+    return {"pixels": pixels, "weights": trainer.model.state_dict(), **after}
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 4])
+def test_1_2_and_4_ranks_compute_the_same(ranks: RankPool, micro_batch_size: int) -> None:
+    """With BatchNorm and dropout. 8 images a micro-batch are 4 micro-batches a step (none accumulated on 4 ranks), 4 are 8.
+
+    Of 105 images, the last step has 9, so that micro-batches of unlike size meet.
+    """
+    arguments = (f"train.micro_batch_size={micro_batch_size}",)
+    runs = {n: ranks.run(train_ten_steps, n, arguments, 105) for n in (1, 2, 4)}
+    one = runs[1][0]
+    for run in runs.values():
+        pixels = {key: value for rank in run for key, value in rank["pixels"].items()}
+        assert pixels.keys() == one["pixels"].keys()
+        for key, (images, labels) in pixels.items():
+            assert torch.equal(images, one["pixels"][key][0])
+            assert torch.equal(labels, one["pixels"][key][1])
+        for rank in run:
+            for step in ("first", "short"):
+                assert largest_difference(rank[step]["gradients"], one[step]["gradients"]) <= 1e-6
+                assert largest_difference(rank[step]["buffers"], one[step]["buffers"]) <= 1e-6
+            assert largest_difference(rank["weights"], one["weights"]) <= 1e-5
+            assert digest(rank["weights"]) == digest(run[0]["weights"]), "ranks of one run differ"
+
+
+def test_buffers_count_one_batch_a_step(alone: World) -> None:
+    trainer = make_trainer(alone, config_of(*TEN_STEPS, "train.micro_batch_size=8"), random_dataset(96))
+    trainer.fit()
+    assert int(trainer.model.state_dict()["conv_layer.1.num_batches_tracked"]) == 10
+
+
+def test_the_buffers_are_the_mean_over_micro_batches_weighted_by_images(alone: World) -> None:
+    trainer = make_trainer(alone, config_of(*TEN_STEPS, "train.micro_batch_size=8"), random_dataset(37))
+    trainer.model.train()
+    batch = list(trainer.train.steps(0))[-1]  # 5 images: micro-batches of 2, 1, 1 and 1
+    assert [len(micro.labels) for micro in batch] == [2, 1, 1, 1]
+    conv = trainer.model.conv_layer[0]
+    with torch.no_grad():
+        means = [conv(micro.images).mean(dim=(0, 2, 3)) * len(micro.labels) / 5 for micro in batch]
+    trainer.train_step(batch)
+    expected = 0.1 * sum(means)  # momentum 0.1, from 0
+    assert torch.allclose(trainer.model.conv_layer[1].running_mean, expected, atol=1e-6)
+
+
+# -- evaluation
+
+
+def evaluate_1003(world: World) -> tuple[float, float, int]:
+    config = config_of("precision=fp32", "train.global_batch_size=12", "train.micro_batch_size=1", "eval.batch_size=100")
+    dataset = DataSet(random_split(24), random_split(1003, seed=2), tuple("abcdefghij"))
+    trainer = make_trainer(world, config, dataset)
+    totals = trainer.evaluate(trainer.test)
+    return totals.mean_loss, totals.correct, totals.images
+
+
+def test_evaluation_counts_every_image_once_at_any_number_of_ranks(ranks: RankPool) -> None:
+    results = [result for n in (1, 2, 3, 4) for result in ranks.run(evaluate_1003, n)]
+    loss, correct, _ = results[0]
+    assert 0 < correct < 1003
+    for result in results:
+        assert result == (pytest.approx(loss, abs=1e-6), correct, 1003)
+
+
+def test_more_ranks_than_images_evaluate_too(ranks: RankPool) -> None:
+    assert {result for result in ranks.run(evaluate_two_images, 4)} == {2}
+
+
+def evaluate_two_images(world: World) -> int:
+    config = config_of("train.global_batch_size=12", "train.micro_batch_size=null")
+    trainer = make_trainer(world, config, random_dataset(24, test=2))
+    return trainer.evaluate(trainer.test).images
+
+
+def test_full_training_accuracy_is_over_augmented_images_in_eval_mode(alone: World) -> None:
+    config = config_of("train.global_batch_size=8", "train.micro_batch_size=8", "train.epochs=1", "eval.train_accuracy=full")
+    trainer = make_trainer(alone, config, random_dataset(24))
+    trainer.fit()
+    totals = trainer.evaluate(trainer.train, augmented=True)
+    assert totals.images == 24
+    plain = trainer.evaluate(trainer.train)
+    assert totals.loss != plain.loss, "the images were not augmented"
+
+
+# -- going on
+
+RESUMED = (
+    "train.global_batch_size=16",
+    "train.micro_batch_size=4",
+    "train.epochs=2",
+    "train.log_every=2",
+    "optim.warmup_epochs=0.5",
+    "optim.step_clamp.after_epoch=1",
+    "optim.step_clamp.limit=5",
+    "optim.step_clamp.reset_to=3",
+)
+
+
+def break_and_go_on(world: World, precision: str, stop_at: int) -> tuple[str, str]:
+    """Digests of an unbroken run, and of one that stops at a step and goes on in a new trainer."""
+    dataset = random_dataset(70)  # 5 steps an epoch
+    arguments = (*RESUMED, f"precision={precision}")
+    unbroken = make_trainer(world, config_of(*arguments), dataset)
+    unbroken.fit()
+    first = make_trainer(world, config_of(*arguments, f"train.max_steps={stop_at}"), dataset)
+    first.fit()
+    second = make_trainer(world, config_of(*arguments), dataset)
+    second.load_state_dict(first.state_dict(), "the first half")
+    second.fit()
+    return digest(unbroken.state_dict()), digest(second.state_dict())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("stop_at", [5, 7])
+def test_going_on_gives_the_bits_of_an_unbroken_run(ranks: RankPool, world_size: int, stop_at: int) -> None:
+    """After an epoch's end (step 5) and in its middle (step 7)."""
+    for unbroken, resumed in ranks.run(break_and_go_on, world_size, "bf16" if stop_at == 5 else "fp32", stop_at):
+        assert resumed == unbroken
+
+
+def test_a_checkpoint_of_a_channels_last_run_goes_on_in_a_contiguous_one(alone: World) -> None:
+    def steps(channels_last: bool, state: dict[str, Any] | None, max_steps: int) -> Any:
+        config = config_of(
+            *TEN_STEPS,
+            "train.micro_batch_size=32",
+            "optim.name=adam",
+            f"train.channels_last={str(channels_last).lower()}",
+            f"train.max_steps={max_steps}",
+        )
+        trainer = make_trainer(alone, config, random_dataset(96))
+        if state:
+            trainer.load_state_dict(state, "the first half")
+        trainer.fit()
+        return trainer.state_dict()
+
+    first = steps(True, None, 2)
+    same, other = steps(True, first, 3), steps(False, first, 3)
+    # one Adam step at rate 0.01: misread moments would move weights by that much
+    assert largest_difference(same["model"], other["model"]) < 2e-3
+
+
+def test_the_best_checkpoint_goes_by_the_held_out_images(alone: World, tmp_path: Path) -> None:
+    from ddp_cifar.checkpoint import Checkpoints, load_checkpoint
+
+    tmp_path.joinpath("checkpoints").mkdir()
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    config = config_of("train.global_batch_size=16", "train.micro_batch_size=16", "train.epochs=4", "data.val_images=20")
+    trainer = make_trainer(alone, config, random_dataset(84, val=20), checkpoints=checkpoints)
+    trainer.fit()
+    best = load_checkpoint(checkpoints.folder / "best.pt")
+    assert best["progress"]["results"]["val/accuracy"] == trainer.progress.best_val_accuracy
+    assert len(checkpoints.paths()) <= 2, "keep=1 keeps the newest, and the best"
+
+
+def test_clipping_bounds_the_gradient(alone: World) -> None:
+    config = config_of(*TEN_STEPS, "train.micro_batch_size=32", "train.clip_norm=0.01")
+    trainer = make_trainer(alone, config, random_dataset(96))
+    trainer.model.train()
+    trainer.train_step(next(trainer.train.steps(0)))
+    gradients = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
+    assert float(trainer.grad_norm) > 0.01
+    assert float(nn.utils.get_total_norm(gradients)) == pytest.approx(0.01, rel=1e-3)
