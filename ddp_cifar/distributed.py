@@ -21,6 +21,7 @@ from ddp_cifar.errors import UserError
 
 T = TypeVar("T")
 
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # torch's own default for nccl; gloo's is 30 minutes
 
 
@@ -125,7 +126,17 @@ class Undistributed(nn.Module):
 
 
 def place_from_environment() -> tuple[int, int]:
-    """(RANK, WORLD_SIZE) as torchrun sets them, or (0, 1): known before any process group opens."""
+    """(RANK, WORLD_SIZE) as torchrun sets them, or (0, 1): known before any process group opens.
+
+    Raises `UserError` where the environment has only some of what torchrun sets.
+    """
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"the environment has some of {', '.join(LAUNCHER_VARIABLES)}, but not {', '.join(missing)}: "
+                f"start with torchrun, which sets all, or unset them to train on one process"
+            )
     rank, world_size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
     if not 0 <= rank < world_size:
         raise UserError(

@@ -73,8 +73,8 @@ class RunDir:
         try:
             yield
         except BaseException as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self._write_status(f"failed: {reason}")
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+            self._write_status(f"failed: {reason.splitlines()[0]}")
             raise
         self._write_status("finished")
 

@@ -10,10 +10,34 @@ from helpers import config_of
 from ddp_cifar.config import Config, fields, flatten, help_text, to_dict, to_yaml
 from ddp_cifar.train import TABLES
 
-PUBLIC_KEYS = """run_dir seed precision data.name data.root train.epochs train.max_steps train.global_batch_size
-    train.micro_batch_size optim.name optim.lr optim.weight_decay optim.step_clamp.enabled optim.step_clamp.after_epoch
-    optim.step_clamp.limit optim.step_clamp.reset_to model.name resume device backend train.clip_norm train.log_every
-    eval.every data.val_images checkpoint.every_epochs checkpoint.keep""".split()
+PUBLIC_KEYS = [
+    "run_dir",
+    "seed",
+    "precision",
+    "data.name",
+    "data.root",
+    "train.epochs",
+    "train.max_steps",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "optim.name",
+    "optim.lr",
+    "optim.weight_decay",
+    "optim.step_clamp.enabled",
+    "optim.step_clamp.after_epoch",
+    "optim.step_clamp.limit",
+    "optim.step_clamp.reset_to",
+    "model.name",
+    "resume",
+    "device",
+    "backend",
+    "train.clip_norm",
+    "train.log_every",
+    "eval.every",
+    "data.val_images",
+    "checkpoint.every_epochs",
+    "checkpoint.keep",
+]
 
 
 def test_the_public_keys_keep_their_names() -> None:
@@ -63,7 +87,10 @@ def test_the_printed_config_is_a_config_file(tmp_path: Path, capsys: pytest.Capt
 def test_help_has_every_key_with_its_default_and_documentation() -> None:
     text = help_text(TABLES)
     for key, _, default, doc in fields():
-        assert f"  {key}={'null' if default is None else str(default).lower() if default in (True, False) else default}" in text
+        assert (
+            f"  {key}={'null' if default is None else str(default).lower() if default in (True, False) else default}"
+            in text
+        )
         assert doc.strip(), f"{key} has no docstring"
 
 

@@ -25,7 +25,9 @@ from ddp_cifar.distributed import World
 # -- order
 
 
-def epoch_of(num_images: int, world_size: int, *, batch: int = 16, micro: int = 4, epoch: int = 3) -> list[dict[int, Tensor]]:
+def epoch_of(
+    num_images: int, world_size: int, *, batch: int = 16, micro: int = 4, epoch: int = 3
+) -> list[dict[int, Tensor]]:
     """For each step, micro-batch index -> indices, over all ranks."""
     plan = plan_batches(TrainConfig(global_batch_size=batch, micro_batch_size=micro), world_size, num_images)
     steps: list[dict[int, Tensor]] = [{} for _ in range(plan.steps_per_epoch)]
@@ -188,7 +190,9 @@ def test_a_folder_of_images_is_read_as_it_is(alone: World, tmp_path: Path) -> No
 # -- CIFAR-10
 
 
-def test_cifar10_is_read_from_disk_by_torchvision(alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar10_is_read_from_disk_by_torchvision(
+    alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The files' own form, a few random images in each; the real files' checksums are stood in for."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import calculate_md5

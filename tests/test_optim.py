@@ -24,7 +24,9 @@ def test_a_constant_rate_stays() -> None:
     assert {lr_factor(step, total_steps=5, warmup_steps=0, schedule="constant") for step in range(9)} == {1.0}
 
 
-@pytest.mark.parametrize("implementation", ["default", "foreach", "fused", pytest.param("capturable", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "implementation", ["default", "foreach", "fused", pytest.param("capturable", marks=pytest.mark.gpu)]
+)
 def test_the_clamp_holds_adams_step_count(implementation: str) -> None:
     device = "cuda" if implementation == "capturable" else "cpu"
     model = nn.Linear(2, 2, device=device)

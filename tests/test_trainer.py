@@ -168,7 +168,9 @@ def test_the_buffers_are_the_mean_over_micro_batches_weighted_by_images(alone: W
 
 
 def evaluate_1003(world: World) -> tuple[float, float, int]:
-    config = config_of("precision=fp32", "train.global_batch_size=12", "train.micro_batch_size=1", "eval.batch_size=100")
+    config = config_of(
+        "precision=fp32", "train.global_batch_size=12", "train.micro_batch_size=1", "eval.batch_size=100"
+    )
     dataset = DataSet(random_split(24), random_split(1003, seed=2), tuple("abcdefghij"))
     trainer = make_trainer(world, config, dataset)
     totals = trainer.evaluate(trainer.test)
@@ -194,7 +196,9 @@ def evaluate_two_images(world: World) -> int:
 
 
 def test_full_training_accuracy_is_over_augmented_images_in_eval_mode(alone: World) -> None:
-    config = config_of("train.global_batch_size=8", "train.micro_batch_size=8", "train.epochs=1", "eval.train_accuracy=full")
+    config = config_of(
+        "train.global_batch_size=8", "train.micro_batch_size=8", "train.epochs=1", "eval.train_accuracy=full"
+    )
     trainer = make_trainer(alone, config, random_dataset(24))
     trainer.fit()
     totals = trainer.evaluate(trainer.train, augmented=True)
@@ -243,7 +247,9 @@ def test_a_checkpoint_of_a_channels_last_run_goes_on_in_a_contiguous_one(alone: 
     """The update's kernels read a moment in its parameter's memory order, whatever its own strides say."""
 
     def trainer_of(channels_last: str) -> Trainer:
-        config = config_of(*TEN_STEPS, "optim.name=adam", f"train.channels_last={channels_last}", "train.micro_batch_size=32")
+        config = config_of(
+            *TEN_STEPS, "optim.name=adam", f"train.channels_last={channels_last}", "train.micro_batch_size=32"
+        )
         return make_trainer(alone, config, random_dataset(96))
 
     first, second = trainer_of("true"), trainer_of("false")
@@ -261,7 +267,9 @@ def test_the_best_checkpoint_goes_by_the_held_out_images(alone: World, tmp_path:
 
     tmp_path.joinpath("checkpoints").mkdir()
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    config = config_of("train.global_batch_size=16", "train.micro_batch_size=16", "train.epochs=4", "data.val_images=20")
+    config = config_of(
+        "train.global_batch_size=16", "train.micro_batch_size=16", "train.epochs=4", "data.val_images=20"
+    )
     trainer = make_trainer(alone, config, random_dataset(84, val=20), checkpoints=checkpoints)
     trainer.fit()
     best = load_checkpoint(checkpoints.folder / "best.pt")

@@ -1,0 +1,137 @@
+"""The mission's commands with real processes: torchrun, launch/local.sh, two agents, and what kills them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_mistakes import TINY, wait_until
+
+Shell = Callable[..., Any]
+CHECKOUT = Path(__file__).parent.parent
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_torchrun_leaves_a_whole_run_dir(shell: Shell, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    outcome = shell("torchrun", "--nproc_per_node=2", "-m", "ddp_cifar.train", *TINY, f"run_dir={run_dir}")
+    assert outcome.status == 0, outcome.err
+    assert "32 images a step = 2 ranks x 16 images, 2 steps an epoch of 64 images" in outcome.out
+    line = next(line for line in outcome.out.splitlines() if "Iteration: 1" in line)
+    assert all(field in line for field in ("Loss: ", "Training accuracy: ", "Test accuracy: ", "images/s"))
+    assert "[rank 1]" not in outcome.out
+
+    assert {path.name for path in run_dir.iterdir()} == {
+        *("config.yaml", "status", "metrics.jsonl", "tensorboard", "checkpoints", "logs", "lock")
+    }
+    assert (run_dir / "status").read_text() == "finished\n"
+    assert {path.name for path in (run_dir / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
+    state = torch.load(run_dir / "checkpoints" / "latest.pt", weights_only=True)
+    assert state["progress"]["step"] == 2
+    assert not any(name.startswith("module.") for name in state["model"])
+    assert len(list((run_dir / "tensorboard").iterdir())) == 1, "rank 0 alone writes events"
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    for tag in (
+        *("train/loss", "train/batch_accuracy", "train/lr", "train/images_per_s", "train/grad_norm", "train/accuracy"),
+        *("time/step_s", "time/data_s", "time/forward_backward_s", "time/optimizer_s", "test/loss", "test/accuracy"),
+    ):
+        assert events.Scalars(tag), tag
+    assert [row["step"] for row in rows(run_dir)] == [1, 2, 2]
+
+
+def test_two_agents_on_loopback_train_as_one_does(shell: Shell, tmp_path: Path) -> None:
+    """2 nodes x 2 ranks against 1 x 1: the same images a micro-batch, so the same losses but for rounding."""
+    arguments = (*TINY, "train.micro_batch_size=8", "precision=fp32")
+    one = shell("launch/local.sh", *arguments, f"run_dir={tmp_path}/one run")
+    assert one.status == 0, one.err
+    two = shell("launch/local.sh", *arguments, f"run_dir={tmp_path}/two runs", NNODES="2", NPROC_PER_NODE="2")
+    assert two.status == 0, two.err
+    assert "[node 0] [rank 0]" in two.out or "[node 1] [rank 0]" in two.out
+    first, second = rows(tmp_path / "one run"), rows(tmp_path / "two runs")
+    assert [row["step"] for row in first] == [row["step"] for row in second]
+    assert first[0]["train/loss"] == pytest.approx(second[0]["train/loss"], abs=1e-6)
+
+
+def test_the_default_without_data_or_network_says_what_to_do(shell: Shell, tmp_path: Path) -> None:
+    """The mission's own command, four ranks, no argument but where it may write."""
+    outcome = shell(
+        *("torchrun", "--nproc_per_node=4", "-m", "ddp_cifar.train"),
+        *(f"data.root={tmp_path}/data", f"run_dir={tmp_path}/run"),
+        https_proxy="http://127.0.0.1:1",
+    )
+    assert outcome.status == 1
+    lines = [line for line in outcome.err.splitlines() if "error: CIFAR-10 is not in" in line]
+    assert len(lines) == 1, "the node's first rank says it, once"
+    assert "data.name=shapes" in lines[0]
+
+
+def test_a_killed_rank_ends_the_run_and_the_next_start_goes_on(shell: Shell, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [*TINY, "train.epochs=400", f"run_dir={run_dir}"]
+    launcher = subprocess.Popen(
+        ["launch/local.sh", *arguments],
+        cwd=CHECKOUT,
+        env={**os.environ, "NPROC_PER_NODE": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_until(lambda: list(run_dir.glob("checkpoints/step_*.pt")), seconds=90)
+    ranks = subprocess.run(
+        ["pgrep", "-f", f"ddp_cifar.train.*{run_dir}$"], capture_output=True, text=True
+    ).stdout.split()
+    workers = [int(pid) for pid in ranks if "torchrun" not in Path(f"/proc/{pid}/cmdline").read_text()]
+    workers = [pid for pid in workers if "local.sh" not in Path(f"/proc/{pid}/cmdline").read_text()]
+    workers = [pid for pid in workers if "node.sh" not in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(workers) == 2
+    os.kill(workers[-1], signal.SIGKILL)
+    launcher.communicate(timeout=90)
+    assert launcher.returncode != 0
+    assert (run_dir / "status").read_text() == "running\n" or "failed" in (run_dir / "status").read_text()
+
+    newest = sorted(run_dir.glob("checkpoints/step_*.pt"))[-1]
+    step = int(newest.stem.split("_")[1])
+    outcome = shell("launch/local.sh", *arguments, f"train.max_steps={step + 2}", NPROC_PER_NODE="2")
+    assert outcome.status == 0, outcome.err
+    assert f"going on from {newest}" in outcome.out
+    steps = [row["step"] for row in rows(run_dir) if "epoch" not in row]
+    assert steps == list(range(1, step + 3)), "each step once, in order"
+
+
+def test_term_ends_every_process_of_two_agents(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    launcher = subprocess.Popen(
+        ["launch/local.sh", *TINY, "train.epochs=400", f"run_dir={run_dir}"],
+        cwd=CHECKOUT,
+        env={**os.environ, "NNODES": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_until(lambda: list(run_dir.glob("checkpoints/step_*.pt")), seconds=90)
+    launcher.send_signal(signal.SIGTERM)
+    out, _ = launcher.communicate(timeout=90)
+    assert launcher.returncode != 0
+    assert out.splitlines()[-1] == "error: interrupted"
+    left = subprocess.run(["pgrep", "-af", str(run_dir)], capture_output=True, text=True).stdout
+    assert left == ""
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("needs shellcheck")
+    scripts = [*map(str, (CHECKOUT / "launch").glob("*.sh")), str(CHECKOUT / ".ci" / "run")]
+    checked = subprocess.run([shellcheck, "-x", *scripts], cwd=CHECKOUT, capture_output=True, text=True)
+    assert checked.stdout == ""

@@ -1,0 +1,398 @@
+"""Every mistake that a user can make is one clear line and exit status 2; nothing is lost by it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+Train = Callable[..., Any]
+TINY = (
+    "data.name=shapes",
+    "data.shapes.train_images=64",
+    "data.shapes.test_images=20",
+    "train.global_batch_size=32",
+    "train.micro_batch_size=16",
+    "train.epochs=1",
+    "train.log_every=1",
+    "device=cpu",
+)
+
+
+def one_line(outcome: Any, *expected: str) -> str:
+    assert outcome.status == 2, outcome
+    lines = outcome.err.splitlines()
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("[rank 0]")
+    assert "error: " in lines[0]
+    for text in expected:
+        assert text in lines[0]
+    return str(lines[0])
+
+
+CONFIG_MISTAKES = [
+    (["optim.lrr=1"], ["optim.lrr is not a key", "did you mean optim.lr?"]),
+    (["lr=1"], ["lr is not a key", "did you mean optim.lr?"]),
+    (["epochs=3"], ["did you mean train.epochs?"]),
+    (["optm.lr=1"], ["did you mean optim.lr?"]),
+    (["zzz=1"], ["zzz is not a key", "--help"]),
+    (["optim=3"], ["optim is a section", "optim.name"]),
+    (["optim.lr.x=1"], ["optim.lr.x is not a key"]),
+    (["optim.lr=fast"], ["optim.lr=fast", "wrong type", "float"]),
+    (["train.epochs=2.5"], ["train.epochs=2.5", "wrong type", "int"]),
+    (["train.epochs="], ["train.epochs=null", "wrong type"]),
+    (["train.epochs=[1, 2]"], ["train.epochs=[1, 2]", "wrong type"]),
+    (["optim.step_clamp.enabled=maybe"], ["optim.step_clamp.enabled=maybe", "bool"]),
+    (["precision=fp8"], ["precision=fp8", "auto | fp32 | bf16"]),
+    (["device=gpu"], ["device=gpu", "auto | cpu | cuda | mps"]),
+    (["optim.lr=-1"], ["optim.lr=-1.0 is out of range", "above 0"]),
+    (["optim.lr=nan"], ["optim.lr=nan is out of range"]),
+    (["optim.lr=inf"], ["optim.lr=inf is out of range"]),
+    (["train.epochs=0"], ["train.epochs=0 is out of range", "1 or more"]),
+    (["optim.step_clamp.limit=10"], ["optim.step_clamp.limit=10", "1000"]),
+    (["train.micro_batch_size=1024"], ["train.micro_batch_size=1024", "512"]),
+    (["data.val_images=-1"], ["data.val_images=-1"]),
+    (["seed=-1"], ["seed=-1"]),
+    (["run_dir="], ["run_dir=''"]),
+    (["data.name=imagenet"], ["data.name=imagenet", "cifar10, imagefolder, shapes"]),
+    (["model.name=vgg"], ["model.name=vgg", "cnn"]),
+    (["optim.name=adamw"], ["optim.name=adamw", "adam, sgd"]),
+    (["train.global_batch_size=100"], ["train.global_batch_size=100", "train.micro_batch_size=64", "64 or 128"]),
+    (["nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+    (["configs"], ["configs", "Is a directory"]),
+    (["configs/demo.yaml", "configs/article.yaml"], ["'configs/article.yaml'", "key=value"]),
+    (["--epochs", "3"], ["--help"]),
+    (["optim.lr={"], ["optim.lr={"]),
+    (["run_dir=${nothing}"], ["nothing"]),
+    (["backend=nccl", "device=cpu"], ["backend=nccl", "device=cuda"]),
+    (["device=cuda"], ["device=cuda", "no usable GPU"]),
+    (["device=mps"], ["device=mps", "no Apple GPU"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), CONFIG_MISTAKES, ids=[" ".join(case[0]) for case in CONFIG_MISTAKES]
+)
+def test_a_mistake_in_the_config(train: Train, tmp_path: Path, arguments: list[str], expected: list[str]) -> None:
+    if "device=cuda" in arguments and torch.cuda.is_available():
+        arguments = ["backend=nccl", "device=cpu"]
+        expected = []
+    run_dir = tmp_path / "run"
+    if not any(argument.startswith("run_dir") for argument in arguments):
+        arguments = [*arguments, f"run_dir={run_dir}"]
+    one_line(train(*arguments), *expected)
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optim:\n  lrr: 1\n", ["optim.lrr is not a key", "did you mean optim.lr?"]),
+        ("optim:\n  lr: fast\n", ["optim.lr=fast"]),
+        ("optim:\n  lr: -1\n", ["optim.lr=-1"]),
+        ("optim: 3\n", ["optim"]),
+        ("seed: 1\nseed: 2\n", ["seed stands twice", "line 1"]),
+        ("seed: [1, 2\n", ["not YAML", "line"]),
+        ("just words\n", ["holds no keys"]),
+        ("- a\n- b\n", ["holds no keys"]),
+    ],
+)
+def test_a_mistake_in_the_config_file(train: Train, tmp_path: Path, text: str, expected: list[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    line = one_line(train(str(recipe), f"run_dir={tmp_path / 'run'}"), *expected)
+    assert "recipe.yaml" in line or "out of range" in line
+
+
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({**LAUNCHED, "WORLD_SIZE": "3"}, ["train.global_batch_size=512", "8 micro-batches", "3 ranks", "384 or 576"]),
+        ({**LAUNCHED, "WORLD_SIZE": "many"}, ["WORLD_SIZE='many'", "torchrun"]),
+        ({**LAUNCHED, "RANK": "4", "WORLD_SIZE": "2"}, ["RANK=4", "WORLD_SIZE=2", "torchrun"]),
+        ({"RANK": "0"}, ["MASTER_ADDR", "torchrun"]),
+        ({"WORLD_SIZE": "2"}, ["RANK", "torchrun"]),
+    ],
+)
+def test_a_mistake_in_the_environment(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict[str, str], expected: list[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        outcome = train(f"run_dir={tmp_path / 'run'}")
+    one_line(outcome, *expected)
+
+
+def test_a_global_batch_that_does_not_split_over_the_ranks_names_both_and_a_way_out() -> None:
+    from ddp_cifar.config import TrainConfig
+    from ddp_cifar.data.sampler import check_batch_size
+    from ddp_cifar.errors import UserError
+
+    with pytest.raises(UserError, match="global_batch_size=500 does not split over 8 ranks; use 496 or 504"):
+        check_batch_size(TrainConfig(global_batch_size=500, micro_batch_size=None), world_size=8)
+
+
+# -- data
+
+
+def test_cifar10_that_is_absent_and_cannot_be_downloaded(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchvision.datasets.cifar.CIFAR10.url", "http://127.0.0.1:1/cifar-10-python.tar.gz")
+    outcome = train(f"run_dir={tmp_path / 'run'}", f"data.root={tmp_path / 'data'}", "device=cpu")
+    one_line(outcome, "CIFAR-10 is not in", "cannot be downloaded", "Connection refused", "data.name=shapes")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small tree of images, as it should be."""
+    root = tmp_path / "images"
+    for split in ("train", "test"):
+        for name in ("ant", "bee"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(16):
+                Image.new("RGB", (32, 32), (i, 0, 0)).save(root / split / name / f"{i:02d}.png")
+    return root
+
+
+def spoil(root: Path, how: str) -> None:
+    victim = root / "train" / "bee" / "05.png"
+    if how == "no root":
+        shutil.rmtree(root)
+    elif how == "no test":
+        shutil.rmtree(root / "test")
+    elif how == "no classes":
+        shutil.rmtree(root / "train" / "ant")
+        shutil.rmtree(root / "train" / "bee")
+    elif how == "empty class":
+        shutil.rmtree(root / "train" / "ant")
+        (root / "train" / "ant").mkdir()
+    elif how == "strange class":
+        (root / "test" / "cat").mkdir()
+        shutil.copy(victim, root / "test" / "cat")
+    elif how == "corrupt":
+        victim.write_bytes(victim.read_bytes()[:40])
+    elif how == "not an image":
+        victim.write_text("hello")
+    elif how == "other size":
+        Image.new("RGB", (40, 30)).save(victim)
+    elif how == "grey":
+        Image.new("L", (32, 32)).save(victim)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("no root", ["images/train", "does not exist"]),
+        ("no test", ["images/test", "does not exist"]),
+        ("no classes", ["images/train has no class folders"]),
+        ("empty class", ["train/ant holds no images"]),
+        ("strange class", ["test/cat", "without training images", "ant, bee"]),
+        ("corrupt", ["bee/05.png cannot be decoded"]),
+        ("not an image", ["bee/05.png cannot be decoded"]),
+        ("other size", ["bee/05.png is a 40 x 30 image", "32 x 32 colour"]),
+        ("grey", ["bee/05.png", "mode L"]),
+    ],
+)
+def test_a_mistake_in_a_folder_of_images(
+    train: Train, folder: Path, tmp_path: Path, how: str, expected: list[str]
+) -> None:
+    spoil(folder, how)
+    arguments = [*TINY[3:], "data.name=imagefolder", f"data.root={folder}", f"run_dir={tmp_path / 'run'}"]
+    one_line(train(*arguments), *expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["data.val_images=64"], ["data.val_images=64", "64 training images"]),
+        (["data.shapes.train_images=65", "train.micro_batch_size=16"], ["last step", "1 images", "2 micro-batches"]),
+        (["data.shapes.train_images=3"], ["data.shapes.train_images=3", "10 or more"]),
+    ],
+)
+def test_too_few_images(train: Train, tmp_path: Path, arguments: list[str], expected: list[str]) -> None:
+    one_line(train(*TINY, f"run_dir={tmp_path / 'run'}", *arguments), *expected)
+
+
+# -- run_dir and resume
+
+
+@pytest.fixture
+def finished(train: Train, tmp_path: Path) -> Path:
+    """A run_dir with a run of one epoch."""
+    run_dir = tmp_path / "run"
+    assert train(*TINY, f"run_dir={run_dir}").status == 0
+    return run_dir
+
+
+def test_a_finished_run_says_so(train: Train, finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_text()
+    outcome = train(*TINY, f"run_dir={finished}")
+    assert outcome.status == 0
+    assert "is finished: epoch 1, step 2" in outcome.out
+    assert "test accuracy" in outcome.out
+    assert (finished / "metrics.jsonl").read_text() == before
+    assert (finished / "status").read_text() == "finished\n"
+
+
+def test_more_epochs_go_on_and_other_settings_are_logged(train: Train, finished: Path) -> None:
+    outcome = train(*TINY, f"run_dir={finished}", "train.epochs=2", "eval.batch_size=7")
+    assert outcome.status == 0
+    assert "eval.batch_size=500, now 7; train.epochs=1, now 2" in outcome.out
+    steps = [json.loads(line)["step"] for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "seed=1",
+        "optim.lr=0.5",
+        "optim.name=sgd",
+        "data.shapes.seed=3",
+        "train.global_batch_size=64",
+        "data.val_images=16",
+    ],
+)
+def test_another_runs_settings_are_refused_by_name(train: Train, finished: Path, change: str) -> None:
+    key, _, value = change.partition("=")
+    outcome = train(*TINY, "train.epochs=2", f"run_dir={finished}", change)
+    one_line(outcome, "step_00000002.pt", f"{key}=", f"now {value}", "another run_dir")
+    assert (finished / "status").read_text() == "finished\n"
+
+
+def test_never_refuses_a_run_dir_that_has_a_run(train: Train, finished: Path) -> None:
+    one_line(train(*TINY, f"run_dir={finished}", "resume=never"), "resume=never", "step_00000002.pt", "run_dir")
+
+
+def test_a_run_can_start_from_anothers_checkpoint(train: Train, finished: Path, tmp_path: Path) -> None:
+    arguments = (*TINY, f"run_dir={tmp_path / 'second'}", "train.epochs=2")
+    outcome = train(*arguments, f"resume={finished / 'checkpoints' / 'latest.pt'}")
+    assert outcome.status == 0
+    assert "going on from" in outcome.out
+    outcome = train(*arguments, f"resume={finished}", "train.epochs=3")
+    assert outcome.status == 0
+    assert "goes on from its own step_00000004.pt" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("resume", "expected"),
+    [
+        ("nowhere.pt", ["there is no checkpoint nowhere.pt"]),
+        ("configs/demo.yaml", ["configs/demo.yaml cannot be read as a checkpoint"]),
+        ("docs", ["resume=docs has no checkpoints"]),
+    ],
+)
+def test_resume_from_what_is_no_checkpoint(train: Train, tmp_path: Path, resume: str, expected: list[str]) -> None:
+    one_line(train(*TINY, f"run_dir={tmp_path / 'run'}", f"resume={resume}"), *expected)
+
+
+def test_resume_from_weights_alone_or_from_another_model(train: Train, finished: Path, tmp_path: Path) -> None:
+    state = torch.load(finished / "checkpoints" / "latest.pt", weights_only=True)
+    torch.save(state["model"], tmp_path / "weights.pt")
+    arguments = (*TINY, "train.epochs=2", f"run_dir={tmp_path / 'new'}")
+    one_line(
+        train(*arguments, f"resume={tmp_path / 'weights.pt'}"), "weights.pt is not a checkpoint of a run", "optimizer"
+    )
+
+    from ddp_cifar.checkpoint import save_checkpoint
+
+    state.pop("digest")
+    state["model"]["fc_layer.6.weight"] = torch.zeros(3, 512)
+    save_checkpoint(tmp_path / "three.pt", state)
+    one_line(
+        train(*arguments, f"resume={tmp_path / 'three.pt'}"), "three.pt does not fit", "fc_layer.6.weight", "(3, 512)"
+    )
+    del state["model"]["fc_layer.6.weight"]
+    save_checkpoint(tmp_path / "none.pt", state)
+    one_line(train(*arguments, f"resume={tmp_path / 'none.pt'}"), "none.pt does not fit", "fc_layer.6.weight")
+
+
+def test_only_bad_checkpoints_are_refused(train: Train, finished: Path) -> None:
+    (finished / "checkpoints" / "step_00000002.pt").write_bytes(b"")
+    outcome = train(*TINY, f"run_dir={finished}")
+    assert outcome.status == 2
+    assert "none of the 1 checkpoints" in outcome.err.splitlines()[-1]
+    assert (finished / "checkpoints" / "step_00000002.pt").exists()
+
+
+def test_a_run_dir_that_cannot_be_written(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    one_line(train(*TINY, f"run_dir={tmp_path / 'file' / 'run'}"), "cannot write to run_dir", "Not a directory")
+
+
+def test_two_runs_in_one_run_dir_are_refused(train: Train, tmp_path: Path) -> None:
+    from ddp_cifar.run_dir import RunDir
+
+    holder = RunDir(str(tmp_path / "run"))
+    holder.claim()
+    one_line(train(*TINY, f"run_dir={tmp_path / 'run'}"), "is in use by pid", "another run_dir")
+
+
+def test_checkpoints_that_cannot_be_saved_end_in_status_3(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ddp_cifar.checkpoint.save_checkpoint", full)
+    outcome = train(*TINY, f"run_dir={tmp_path / 'run'}")
+    assert outcome.status == 3
+    assert "was not saved (No space left on device)" in outcome.err
+    assert "finished" in outcome.out
+
+
+# -- under the launchers
+
+
+def test_under_torchrun_the_line_is_there(shell: Callable[..., Any], tmp_path: Path) -> None:
+    outcome = shell("torchrun", "--nproc_per_node=2", "-m", "ddp_cifar.train", "optim.lrr=1", f"run_dir={tmp_path}/run")
+    assert outcome.status == 1
+    assert "error: optim.lrr is not a key of the config; did you mean optim.lr?" in outcome.err
+    assert 'File "' not in outcome.err.split("FAILED")[-1], "torchrun's report has a traceback of ours"
+
+
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_under_local_sh_the_line_is_last(shell: Callable[..., Any], tmp_path: Path, nodes: str) -> None:
+    outcome = shell("launch/local.sh", "optim.lrr=1", f"run_dir={tmp_path}/run", NNODES=nodes, NPROC_PER_NODE="1")
+    assert outcome.status != 0
+    last = outcome.err.splitlines()[-1]
+    assert "error: optim.lrr is not a key of the config; did you mean optim.lr?" in last
+
+
+def test_ctrl_c_is_one_line_and_the_status_says_so(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [*TINY, "train.epochs=1000", f"run_dir={run_dir}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ddp_cifar.train", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").read_text())
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert err.splitlines() == [err.strip()]
+    assert "interrupted" in err
+    assert (run_dir / "status").read_text() == "failed: interrupted\n"
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)

@@ -1,0 +1,49 @@
+"""metrics.jsonl and TensorBoard's event files."""
+
+import json
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ddp_cifar.tracking import JsonLinesTracker, build_tracker
+
+
+def test_rows_and_events_hold_the_same(tmp_path: Path) -> None:
+    tracker = build_tracker(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", start_step=0)
+    tracker.log({"train/loss": 1.5, "train/lr": 0.25}, step=10)
+    tracker.log_text("config", "seed: 0", step=0)
+    tracker.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 10, "train/loss": 1.5, "train/lr": 0.25}
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(10, 1.5)]
+    assert "config/text_summary" in events.Tags()["tensors"]
+
+
+def test_going_on_drops_what_was_logged_past_the_checkpoint(tmp_path: Path) -> None:
+    places = (tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+    first = build_tracker(*places, start_step=0)
+    for step in (1, 2, 3, 4):
+        first.log({"train/loss": float(step)}, step)
+    first.close()
+    with open(places[0], "a") as file:
+        file.write('{"step": 5, "train/lo')  # what a crash leaves
+    second = build_tracker(*places, start_step=2)
+    for step in (3, 4):
+        second.log({"train/loss": -float(step)}, step)
+    second.close()
+    rows = [json.loads(line) for line in places[0].read_text().splitlines()]
+    assert [(row["step"], row["train/loss"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, -3.0), (4, -4.0)]
+    events = EventAccumulator(str(places[1])).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, -3.0),
+        (4, -4.0),
+    ]
+
+
+def test_a_number_that_json_lacks_is_null(tmp_path: Path) -> None:
+    tracker = JsonLinesTracker(tmp_path / "metrics.jsonl", 0)
+    tracker.log({"train/loss": float("nan")}, 1)
+    tracker.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": None}
