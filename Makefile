@@ -1,8 +1,8 @@
 # `make demo` and `make test` do their own set-up. PYTHON names another interpreter, VENV another environment.
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
-RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+BIN := $(abspath $(VENV))/bin
+RUN := PATH="$(BIN):$$PATH"
 
 .PHONY: help install demo dashboard lint test test-all clean
 
@@ -19,7 +19,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "== Setting up $(VENV): torch, torchvision and the rest (a few minutes, once)"
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "error: $(PYTHON) cannot make an environment; on Debian: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch torchvision
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'

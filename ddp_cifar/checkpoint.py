@@ -108,6 +108,7 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
         self.failed_saves = 0
+        self.bad: set[Path] = set()
 
     def paths(self) -> list[Path]:
         """All checkpoints, the newest first."""
@@ -124,6 +125,7 @@ class Checkpoints:
                 return Loaded(path, load_checkpoint(path))
             except UserError as error:
                 log.warning(f"skipped: {error}")
+                self.bad.add(path)
         if paths:
             raise UserError(
                 f"none of the {len(paths)} checkpoints in {self.folder} is good: restore one, or take another run_dir"
@@ -131,10 +133,11 @@ class Checkpoints:
         return None
 
     def save(self, state: State, step: int, is_best: bool) -> None:
-        """Save, set the links and remove what is more than `keep`. A failure is a warning, and counted: training goes on."""
+        """Save, set the links and remove good ones beyond `keep`. A failure is a warning, and counted: training goes on."""
         path = self.folder / f"step_{step:08d}.pt"
         try:
             save_checkpoint(path, state)
+            self.bad.discard(path)
             _link(self.folder / "latest.pt", path)
             if is_best:
                 _link(self.folder / "best.pt", path)
@@ -147,8 +150,10 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         best = self.folder / "best.pt"
-        keep = {path.name for path in self.paths()[: self.keep]} | ({os.readlink(best)} if best.is_symlink() else set())
-        for path in self.paths():
+        # one that was found damaged takes no good one's place, and is left for its owner to look at
+        good = [path for path in self.paths() if path not in self.bad]
+        keep = {path.name for path in good[: self.keep]} | ({os.readlink(best)} if best.is_symlink() else set())
+        for path in good:
             if path.name not in keep:
                 path.unlink()
 
@@ -173,9 +178,11 @@ def find_checkpoint(resume: str, own: Checkpoints) -> Loaded | None:
             )
         return None
     latest = own.load_latest()
-    if resume == "auto":
-        return latest
     path = Path(resume)
+    if resume == "auto" or (latest and path.parent.resolve() != own.folder.resolve()):
+        if resume != "auto":
+            log.info(f"resume={resume} was this run's start; it goes on from its own newest checkpoint")
+        return latest
     if path.is_dir():
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         found = Checkpoints(folder, own.keep).load_latest()
@@ -184,13 +191,12 @@ def find_checkpoint(resume: str, own: Checkpoints) -> Loaded | None:
     else:
         found = Loaded(path, load_checkpoint(path))
     if latest and found.path.resolve() != latest.path.resolve():
-        if found.path.resolve().parent == own.folder.resolve():
-            raise UserError(
-                f"resume={resume} is not the newest checkpoint of its run ({latest.path.name} is): "
-                f"to go on from it, take another run_dir"
-            )
-        log.info(f"resume={resume} was this run's start; it goes on from its own {latest.path.name}")
-        return latest
+        raise UserError(
+            f"resume={resume} is not the newest checkpoint of its run ({latest.path.name} is): "
+            f"to go on from it, take another run_dir"
+        )
+    if not latest:
+        found.state["progress"]["best_val_accuracy"] = -1.0  # another run's best is not in this run_dir
     return found
 
 

@@ -233,6 +233,8 @@ def load_config(argv: Sequence[str], tables: Tables) -> Config:
     for source, values in layers:
         for key, value in values.items():
             _check_key(key, value, source)
+            if value == "???":  # OmegaConf's mark for a value that is yet to come
+                raise UserError(f"{source}{key}=??? has no value: set one, or leave the key out")
             try:
                 merged = OmegaConf.merge(merged, _nest(key, value))
             except (OmegaConfBaseException, ValueError) as error:

@@ -22,7 +22,7 @@ from ddp_cifar.errors import UserError
 T = TypeVar("T")
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # torch's own default for nccl; gloo's is 30 minutes
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # gloo's default; a node's other ranks wait so long for a download
 
 
 @dataclass(frozen=True)

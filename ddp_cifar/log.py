@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ddp_cifar.errors import UserError
+
 log = logging.getLogger("ddp_cifar")
 
 
@@ -21,9 +23,11 @@ def set_up_logging(rank: int, world_size: int) -> None:
 
 
 def log_to_file(path: Path, rank: int, world_size: int) -> None:
-    """Append this rank's lines, info included, to a file as well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    """Append this rank's lines, info included, to a file as well. Raises `UserError` if it cannot be written."""
+    try:
+        handler = logging.FileHandler(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another run_dir") from error
     handler.setFormatter(_formatter(rank, world_size))
     log.addHandler(handler)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from ddp_cifar.config import OptimConfig
+from ddp_cifar.errors import UserError
 
 Parameters = Iterable[nn.Parameter]
 Implementation = dict[str, Any]
@@ -35,7 +36,13 @@ OPTIMIZERS: dict[str, Callable[[Parameters, OptimConfig, Implementation], Optimi
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """The optimizer that `config` names, over all of the model's parameters."""
+    """The optimizer that `config` names, over all of the model's parameters.
+
+    Raises `UserError` if the device cannot run `config.implementation`.
+    """
+    device = next(model.parameters()).device.type
+    if config.implementation == "capturable" and device != "cuda":
+        raise UserError(f"optim.implementation=capturable needs a GPU, found device {device}: use auto")
     name = "fused" if config.implementation == "auto" else config.implementation
     implementation = {"foreach": name == "foreach", "fused": name == "fused", "capturable": name == "capturable"}
     return OPTIMIZERS[config.name](model.parameters(), config, implementation)
@@ -47,7 +54,11 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     The fused and foreach kernels take it for granted that the two agree; a checkpoint from a channels-last run would
     be read in the wrong order by a contiguous one.
     """
-    optimizer.load_state_dict(state)
+    # which kernels compute the update is this run's choice; torch would take the checkpoint's
+    own = optimizer.param_groups
+    switches = [{name: group[name] for name in ("foreach", "fused", "capturable") if name in group} for group in own]
+    groups = [{**saved, **ours} for saved, ours in zip(state["param_groups"], switches, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():

@@ -42,6 +42,7 @@ class RunDir:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.rank_log(0).parent.mkdir(exist_ok=True)
             lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held open for as long as the process lives
         except OSError as error:
             raise UserError(
@@ -64,21 +65,22 @@ class RunDir:
         self._lock = lock
 
     def write_config(self, text: str) -> None:
+        """Keep the resolved config."""
         (self.path / "config.yaml").write_text(text)
 
     @contextlib.contextmanager
     def keeping_status(self) -> Iterator[None]:
         """`running` during the body; then `finished`, or `failed` with the reason."""
-        self._write_status("running")
+        self.write_status("running")
         try:
             yield
         except BaseException as error:
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
-            self._write_status(f"failed: {reason.splitlines()[0]}")
+            self.write_status(f"failed: {reason.splitlines()[0]}")
             raise
-        self._write_status("finished")
+        self.write_status("finished")
 
-    def _write_status(self, status: str) -> None:
+    def write_status(self, status: str) -> None:
         try:
             (self.path / "status").write_text(status + "\n")
         except OSError as error:

@@ -2,9 +2,11 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
+
+from ddp_cifar.log import log
 
 
 class Tracker(Protocol):
@@ -55,7 +57,7 @@ class TensorBoardTracker:
     def __init__(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # here, as it takes a second to import
 
-        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         for tag, value in scalars.items():
@@ -69,20 +71,29 @@ class TensorBoardTracker:
 
 
 class _All:
+    """Passes everything on to several trackers. One that can no longer write is named once and left: training goes on."""
+
     def __init__(self, *trackers: Tracker) -> None:
-        self.trackers = trackers
+        self.trackers = list(trackers)
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
-        for tracker in self.trackers:
-            tracker.log(scalars, step)
+        self._each(lambda tracker: tracker.log(scalars, step))
 
     def log_text(self, tag: str, text: str, step: int) -> None:
-        for tracker in self.trackers:
-            tracker.log_text(tag, text, step)
+        self._each(lambda tracker: tracker.log_text(tag, text, step))
 
     def close(self) -> None:
-        for tracker in self.trackers:
-            tracker.close()
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self.trackers):
+            try:
+                call(tracker)
+            except OSError as error:
+                self.trackers.remove(tracker)
+                log.warning(
+                    f"{type(tracker).__name__} stops at an error of writing ({error.strerror}); training goes on"
+                )
 
 
 def build_tracker(metrics: Path, tensorboard: Path, start_step: int) -> Tracker:

@@ -14,12 +14,13 @@ from ddp_cifar.data.dataset import DataSet
 from ddp_cifar.data.loader import EvalLoader, TrainLoader
 from ddp_cifar.data.sampler import StepSampler, check_batch_size, plan_batches
 from ddp_cifar.distributed import World, bf16_is_native, open_world, place_from_environment
+from ddp_cifar.errors import UserError
 from ddp_cifar.log import log, log_to_file
 from ddp_cifar.models import MODELS
 from ddp_cifar.optim import OPTIMIZERS, build_optimizer
 from ddp_cifar.run_dir import RunDir
 from ddp_cifar.seeding import derive_seed
-from ddp_cifar.tracking import NullTracker, Tracker, build_tracker
+from ddp_cifar.tracking import Tracker, build_tracker
 from ddp_cifar.trainer import Progress, Trainer
 
 TABLES: Tables = {"data.name": DATASETS, "model.name": MODELS, "optim.name": OPTIMIZERS}
@@ -47,27 +48,32 @@ def main(argv: Sequence[str]) -> int:
                 return 0
 
         dataset = build_dataset(config.data, world)
-        if world.is_main:
-            run_dir.write_config(to_yaml(config))
-            tracker: Tracker = build_tracker(run_dir.metrics, run_dir.tensorboard, progress.step)
-        else:
-            tracker = NullTracker()
-        tracker.log_text("config", f"```yaml\n{to_yaml(config)}```", progress.step)
-        trainer = build_trainer(config, world, dataset, tracker, checkpoints)
+        trainer = build_trainer(config, world, dataset, checkpoints)
         if resumed:
             trainer.load_state_dict(resumed.state, source=str(resumed.path))
             log.info(f"going on from {resumed.path}: {progress}")
-        with run_dir.keeping_status() if world.is_main else contextlib.nullcontext():
+        if world.is_main:
+            with contextlib.closing(start_records(run_dir, config, progress.step)) as tracker, run_dir.keeping_status():
+                trainer.fit(tracker)
+        else:
             trainer.fit()
-        tracker.close()
         log.info(f"finished: {trainer.progress}")
         log.info(f"in {run_dir.path}: checkpoints/, metrics.jsonl, tensorboard/ (tensorboard --logdir {run_dir.path})")
     return EXIT_SAVE_FAILED if checkpoints.failed_saves else 0
 
 
-def build_trainer(
-    config: Config, world: World, dataset: DataSet, tracker: Tracker, checkpoints: Checkpoints
-) -> Trainer:
+def start_records(run_dir: RunDir, config: Config, start_step: int) -> Tracker:
+    """Write the config and open the trackers. Raises `UserError` if run_dir cannot be written."""
+    try:
+        run_dir.write_config(to_yaml(config))
+        tracker = build_tracker(run_dir.metrics, run_dir.tensorboard, start_step)
+    except OSError as error:
+        raise UserError(f"cannot write to run_dir={run_dir.path} ({error.strerror}): choose another run_dir") from error
+    tracker.log_text("config", f"```yaml\n{to_yaml(config)}```", start_step)
+    return tracker
+
+
+def build_trainer(config: Config, world: World, dataset: DataSet, checkpoints: Checkpoints) -> Trainer:
     """Put the parts together for this rank, and say once what was derived from the config and the world."""
     plan = plan_batches(config.train, world.world_size, len(dataset.train))
     place, channels_last = world.device, config.train.channels_last
@@ -79,11 +85,9 @@ def build_trainer(
         model = model.to(memory_format=torch.channels_last)
     precision = pick_precision(config.precision, world)
 
-    splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
-    images = ", ".join(f"{len(split)} {name}" for name, split in splits.items() if split)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     threads = f", {torch.get_num_threads()} threads a rank" if place.type == "cpu" else ""
-    log.info(f"{config.data.name}: {images} images of {len(dataset.classes)} classes")
+    log.info(f"{config.data.name}: {dataset.describe()}")
     log.info(
         f"{config.model.name}: {parameters:,} parameters, {precision}, on {place.type} over {world.backend}{threads}"
     )
@@ -101,9 +105,9 @@ def build_trainer(
         train=TrainLoader(dataset.train, sampler, config.seed, place, channels_last),
         test=EvalLoader(dataset.test, place, channels_last),
         val=EvalLoader(dataset.val, place, channels_last) if dataset.val else None,
-        tracker=tracker,
         checkpoints=checkpoints,
         precision=precision,
+        data=dataset.describe(),
         show_progress=world.is_main and sys.stderr.isatty(),
     )
 

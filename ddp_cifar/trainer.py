@@ -22,11 +22,12 @@ from ddp_cifar.checkpoint import Checkpoints, State, load_weights
 from ddp_cifar.config import Config, TrainConfig, to_dict
 from ddp_cifar.data.loader import EvalLoader, MicroBatch, StepBatch, TrainLoader
 from ddp_cifar.distributed import World
+from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
 from ddp_cifar.metrics import Counter, PhaseTimer, Span, Totals
 from ddp_cifar.optim import Schedule, load_optimizer_state
 from ddp_cifar.seeding import derive_seed
-from ddp_cifar.tracking import Tracker
+from ddp_cifar.tracking import NullTracker, Tracker
 
 
 @dataclass
@@ -44,6 +45,10 @@ class Progress:
     results: dict[str, float] = dataclasses.field(default_factory=dict)
     """The scalars of the last evaluation, such as `test/accuracy`."""
     best_val_accuracy: float = -1.0
+    data: str = ""
+    """What the run trains on, in words and a checksum of the labels: steps and sample ids mean nothing with other data."""
+    conditions: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What the results depend on, but the config does not say: derived from the hardware and the number of ranks."""
 
     def is_finished(self, train: TrainConfig) -> bool:
         """True where `train` asks for no step more."""
@@ -77,9 +82,9 @@ class Trainer:
         train: TrainLoader,
         test: EvalLoader,
         val: EvalLoader | None,
-        tracker: Tracker,
         checkpoints: Checkpoints,
         precision: str,
+        data: str = "",
         show_progress: bool = False,
     ) -> None:
         self.config = config
@@ -92,12 +97,12 @@ class Trainer:
             optimizer, config.optim, steps_per_epoch=self.plan.steps_per_epoch, epochs=config.train.epochs
         )
         self.train, self.test, self.val = train, test, val
-        self.tracker = tracker
         self.checkpoints = checkpoints
         self.precision = precision
         self.show_progress = show_progress
 
-        self.progress = Progress()
+        conditions = {"precision": precision, "micro-batches a step": str(self.plan.num_micro_batches)}
+        self.progress = Progress(data=data, conditions=conditions)
         self.last_step = self.schedule.total_steps
         if config.train.max_steps is not None:
             self.last_step = min(self.last_step, config.train.max_steps)
@@ -109,8 +114,9 @@ class Trainer:
 
     # -- a run
 
-    def fit(self) -> None:
-        """Train from where `progress` is to the last step."""
+    def fit(self, tracker: Tracker | None = None) -> None:
+        """Train from where `progress` is to the last step; `tracker` gets the scalars."""
+        self.tracker = tracker or NullTracker()
         while self.progress.step < self.last_step:
             self.train_epoch()
             self.finish_epoch()
@@ -125,10 +131,21 @@ class Trainer:
         }
 
     def load_state_dict(self, state: State, source: str) -> None:
-        """Go on from a state. Raises `UserError`, which names `source`, if its weights do not fit the model."""
+        """Go on from a state. Raises `UserError`, which names `source`, if its data or its weights are not this run's."""
+        before, now = Progress(), self.progress
+        before.load_state_dict(state["progress"])
+        if before.data != now.data:
+            raise UserError(
+                f"{source} was made with other data ({before.data}) than is here ({now.data}): "
+                f"restore what it had, or start a new run with another run_dir"
+            )
+        for name, value in now.conditions.items():
+            if before.conditions.get(name) != value:
+                log.warning(f"{name} was {before.conditions.get(name)} in {source}, now {value}: results will differ")
         load_weights(self.model, state["model"], source)
         load_optimizer_state(self.optimizer, state["optimizer"])
-        self.progress.load_state_dict(state["progress"])
+        before.conditions = now.conditions
+        self.progress = before
 
     # -- an epoch
 
@@ -163,7 +180,7 @@ class Trainer:
         is_last = progress.step == self.last_step
         number = progress.epoch + 1
 
-        scalars = {"epoch": number, "train/epoch_loss": progress.train.mean_loss}
+        scalars = {"train/epoch": number, "train/epoch_loss": progress.train.mean_loss}
         scalars["train/epoch_images_per_s"] = self.epoch.images / self.epoch_seconds
         scalars["time/epoch_s"] = self.epoch_seconds
         evaluated = is_last or number % config.eval.every == 0
@@ -303,7 +320,7 @@ class Trainer:
 
 def _epoch_line(scalars: Mapping[str, float], note: str) -> str:
     """The article's four fields, and the speed."""
-    parts = [f"Iteration: {scalars['epoch']:.0f}{note}", f"Loss: {scalars['train/epoch_loss']:.4f}"]
+    parts = [f"Iteration: {scalars['train/epoch']:.0f}{note}", f"Loss: {scalars['train/epoch_loss']:.4f}"]
     names = {"train/accuracy": "Training", "val/accuracy": "Validation", "test/accuracy": "Test"}
     parts += [f"{name} accuracy: {100 * scalars[tag]:.2f}%" for tag, name in names.items() if tag in scalars]
     seconds = f"{scalars['time/epoch_s']:.1f} s"

@@ -30,3 +30,20 @@ repeat_error() {
     echo "error: a process ended without a word (killed, or not started): torchrun's report above names it" >&2
   fi
 }
+
+# check_count NAME VALUE: refuse what is not a whole number from 1 on.
+check_count() {
+  if [[ ! $2 =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: $1=$2 is not a count: expected a whole number from 1 on" >&2
+    exit 2
+  fi
+}
+
+# count_gpus: how many this node has, or CUDA_VISIBLE_DEVICES shows.
+count_gpus() {
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
+  else
+    { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true
+  fi
+}

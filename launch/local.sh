@@ -14,6 +14,7 @@ here=$(dirname "${BASH_SOURCE[0]}")
 source "$here/common.sh"
 
 nnodes=${NNODES:-1}
+check_count NNODES "$nnodes"
 if [ "$nnodes" = 1 ]; then
   exec "$here/node.sh" "$@"
 fi
@@ -21,7 +22,11 @@ fi
 LOG_DIR=$(mktemp -d)
 trap 'rm -rf "$LOG_DIR"' EXIT
 export LOG_DIR
-export NPROC_PER_NODE=${NPROC_PER_NODE:-1}
+# the nodes share this machine's GPUs, if there are enough, each taking its own
+gpus=$(count_gpus) per_node=$(($(count_gpus) / nnodes))
+export NPROC_PER_NODE=${NPROC_PER_NODE:-$((per_node > 0 ? per_node : 1))}
+check_count NPROC_PER_NODE "$NPROC_PER_NODE"
+all_gpus=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}
 ranks=$((nnodes * NPROC_PER_NODE)) cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 # everything stays on loopback: a host name may map to another address, or to none
@@ -30,6 +35,11 @@ export GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo
 
 nodes=()
 for ((node = 0; node < nnodes; node++)); do
+  if [ "$NPROC_PER_NODE" -le "$per_node" ]; then
+    first=$((node * NPROC_PER_NODE + 1))
+    CUDA_VISIBLE_DEVICES=$(cut -d, -f "$first-$((first + NPROC_PER_NODE - 1))" <<<"$all_gpus")
+    export CUDA_VISIBLE_DEVICES
+  fi
   "$here/node.sh" "$@" > >(exec sed -u "s/^/[node $node] /") 2>&1 &
   nodes+=($!)
 done

@@ -12,20 +12,12 @@
 #   MAX_RESTARTS     times that the ranks are started again after a failure; default 0
 #   OMP_NUM_THREADS  CPU threads a rank; default: the node's cores shared out
 #   MODULE           what every rank runs; default ddp_cifar.train
-#   LOG_DIR          where torchrun and the ranks leave their errors; default: a temporary folder
+#   LOG_DIR          an existing folder to keep torchrun's error files in; default: none are kept
 #
 # Exits with torchrun's status; after a failure the last line is the error of the rank that failed first.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-count_gpus() {
-  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
-  else
-    { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true
-  fi
-}
 
 if ! command -v torchrun >/dev/null; then
   echo "error: torchrun is not on PATH: activate the environment, or make one with \`make install\`" >&2
@@ -34,6 +26,12 @@ fi
 nnodes=${NNODES:-1}
 gpus=$(count_gpus)
 nproc_per_node=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+check_count NNODES "$nnodes"
+check_count NPROC_PER_NODE "$nproc_per_node"
+if [ "$nnodes" != 1 ] && [ -z "${HEAD:-}" ]; then
+  echo "error: NNODES=$nnodes needs HEAD=HOST:PORT, where the nodes meet, the same on all of them" >&2
+  exit 2
+fi
 
 # torchrun would give each rank one thread
 cores=$(nproc)
@@ -41,15 +39,12 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc_per_node ? cores / np
 # without it restarted ranks read the addresses of the dead ones, and fail or hang
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-log_dir=${LOG_DIR:-$(mktemp -d)}
+log_dir=$(mktemp -d "${LOG_DIR:-${TMPDIR:-/tmp}}/launch-XXXXXX") # of this start alone
 flags=(--nnodes="$nnodes" --nproc-per-node="$nproc_per_node" --max-restarts="${MAX_RESTARTS:-0}" --log-dir="$log_dir")
 if [ "$nnodes" = 1 ]; then
   flags+=(--standalone)
-elif [ -n "${HEAD:-}" ]; then
-  flags+=(--rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${RUN_ID:-ddp_cifar}")
 else
-  echo "error: NNODES=$nnodes needs HEAD=HOST:PORT, where the nodes meet, the same on all of them" >&2
-  exit 2
+  flags+=(--rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${RUN_ID:-ddp_cifar}")
 fi
 [ -z "${LOCAL_ADDR:-}" ] || flags+=(--local-addr="$LOCAL_ADDR")
 

@@ -10,7 +10,6 @@ from ddp_cifar.checkpoint import Checkpoints, NullCheckpoints
 from ddp_cifar.config import Config, load_config
 from ddp_cifar.data.dataset import DataSet, Split
 from ddp_cifar.distributed import World
-from ddp_cifar.tracking import NullTracker, Tracker
 from ddp_cifar.train import TABLES, build_trainer
 from ddp_cifar.trainer import Trainer
 
@@ -37,12 +36,9 @@ def make_trainer(
     config: Config,
     dataset: DataSet,
     *,
-    tracker: Tracker | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> Trainer:
-    return build_trainer(
-        config, world, dataset, tracker or NullTracker(), checkpoints or NullCheckpoints(Path("nowhere"), keep=1)
-    )
+    return build_trainer(config, world, dataset, checkpoints or NullCheckpoints(Path("nowhere"), keep=1))
 
 
 def without_dropout(model: nn.Module) -> None:

@@ -79,6 +79,17 @@ def test_the_newest_and_the_best_are_kept_and_linked(tmp_path: Path) -> None:
     assert os.readlink(tmp_path / "best.pt") == "step_00000002.pt"
 
 
+def test_a_damaged_checkpoint_takes_no_good_ones_place(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(state_of(), 60, is_best=False)
+    (tmp_path / "step_00000100.pt").write_bytes(b"half of it")
+    found = checkpoints.load_latest()
+    assert found is not None
+    assert found.path.name == "step_00000060.pt"
+    checkpoints.save(state_of(), 80, is_best=False)
+    assert [path.name for path in checkpoints.paths()] == ["step_00000100.pt", "step_00000080.pt"]
+
+
 def test_without_a_best_there_is_no_best(tmp_path: Path) -> None:
     Checkpoints(tmp_path, keep=2).save(state_of(), 1, is_best=False)
     assert not (tmp_path / "best.pt").exists()

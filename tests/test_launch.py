@@ -105,7 +105,7 @@ def test_a_killed_rank_ends_the_run_and_the_next_start_goes_on(shell: Shell, tmp
     outcome = shell("launch/local.sh", *arguments, f"train.max_steps={step + 2}", NPROC_PER_NODE="2")
     assert outcome.status == 0, outcome.err
     assert f"going on from {newest}" in outcome.out
-    steps = [row["step"] for row in rows(run_dir) if "epoch" not in row]
+    steps = [row["step"] for row in rows(run_dir) if "train/epoch" not in row]
     assert steps == list(range(1, step + 3)), "each step once, in order"
 
 
@@ -126,6 +126,23 @@ def test_term_ends_every_process_of_two_agents(tmp_path: Path) -> None:
     assert out.splitlines()[-1] == "error: interrupted"
     left = subprocess.run(["pgrep", "-af", str(run_dir)], capture_output=True, text=True).stdout
     assert left == ""
+
+
+@pytest.mark.parametrize(
+    ("script", "setting", "expected"),
+    [
+        ("launch/local.sh", {"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE=0 is not a count"),
+        ("launch/local.sh", {"NPROC_PER_NODE": "auto"}, "NPROC_PER_NODE=auto is not a count"),
+        ("launch/local.sh", {"NNODES": "0"}, "NNODES=0 is not a count"),
+        ("launch/local.sh", {"NNODES": "2", "NPROC_PER_NODE": "x"}, "NPROC_PER_NODE=x is not a count"),
+        ("launch/node.sh", {"NNODES": "2"}, "NNODES=2 needs HEAD=HOST:PORT"),
+    ],
+)
+def test_a_wrong_setting_of_a_script(shell: Shell, script: str, setting: dict[str, str], expected: str) -> None:
+    outcome = shell(script, **setting)
+    assert outcome.status == 2
+    assert len(outcome.err.splitlines()) == 1
+    assert expected in outcome.err
 
 
 def test_shellcheck_has_nothing_to_say() -> None:

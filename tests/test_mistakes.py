@@ -75,6 +75,7 @@ CONFIG_MISTAKES = [
     (["run_dir=${nothing}"], ["nothing"]),
     (["backend=nccl", "device=cpu"], ["backend=nccl", "device=cuda"]),
     (["device=cuda"], ["device=cuda", "no usable GPU"]),
+    (["optim.lr=???"], ["optim.lr=???", "no value"]),
     (["device=mps"], ["device=mps", "no Apple GPU"]),
 ]
 
@@ -218,12 +219,15 @@ def test_a_mistake_in_a_folder_of_images(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["optim.implementation=capturable"], ["capturable", "needs a GPU"]),
         (["data.val_images=64"], ["data.val_images=64", "64 training images"]),
         (["data.shapes.train_images=65", "train.micro_batch_size=16"], ["last step", "1 images", "2 micro-batches"]),
         (["data.shapes.train_images=3"], ["data.shapes.train_images=3", "10 or more"]),
     ],
 )
-def test_too_few_images(train: Train, tmp_path: Path, arguments: list[str], expected: list[str]) -> None:
+def test_what_data_or_device_cannot_serve(
+    train: Train, tmp_path: Path, arguments: list[str], expected: list[str]
+) -> None:
     one_line(train(*TINY, f"run_dir={tmp_path / 'run'}", *arguments), *expected)
 
 
@@ -274,6 +278,23 @@ def test_another_runs_settings_are_refused_by_name(train: Train, finished: Path,
     assert (finished / "status").read_text() == "finished\n"
 
 
+def test_other_data_than_the_checkpoint_was_made_with_is_refused(train: Train, folder: Path, tmp_path: Path) -> None:
+    arguments = [*TINY[3:], "data.name=imagefolder", f"data.root={folder}", f"run_dir={tmp_path / 'run'}"]
+    assert train(*arguments).status == 0
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text()
+    shutil.copy(folder / "train" / "ant" / "00.png", folder / "train" / "ant" / "99.png")
+    shutil.copy(folder / "train" / "bee" / "00.png", folder / "train" / "bee" / "99.png")
+    line = one_line(train(*arguments, "train.epochs=2"), "other data", "32 train", "34 train", "another run_dir")
+    assert "2 classes" in line
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == rows
+
+
+def test_a_crash_between_the_last_save_and_the_status_is_mended(train: Train, finished: Path) -> None:
+    (finished / "status").write_text("running\n")
+    assert train(*TINY, f"run_dir={finished}").status == 0
+    assert (finished / "status").read_text() == "finished\n"
+
+
 def test_never_refuses_a_run_dir_that_has_a_run(train: Train, finished: Path) -> None:
     one_line(train(*TINY, f"run_dir={finished}", "resume=never"), "resume=never", "step_00000002.pt", "run_dir")
 
@@ -285,7 +306,7 @@ def test_a_run_can_start_from_anothers_checkpoint(train: Train, finished: Path, 
     assert "going on from" in outcome.out
     outcome = train(*arguments, f"resume={finished}", "train.epochs=3")
     assert outcome.status == 0
-    assert "goes on from its own step_00000004.pt" in outcome.out
+    assert "goes on from its own newest checkpoint" in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -332,6 +353,16 @@ def test_only_bad_checkpoints_are_refused(train: Train, finished: Path) -> None:
 def test_a_run_dir_that_cannot_be_written(train: Train, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     one_line(train(*TINY, f"run_dir={tmp_path / 'file' / 'run'}"), "cannot write to run_dir", "Not a directory")
+
+
+@pytest.mark.parametrize("victim", ["logs", "config.yaml", "metrics.jsonl"])
+def test_a_run_dir_with_something_else_in_the_way(train: Train, tmp_path: Path, victim: str) -> None:
+    (tmp_path / "run").mkdir()
+    if victim == "logs":
+        (tmp_path / "run" / victim).write_text("")
+    else:
+        (tmp_path / "run" / victim).mkdir()
+    one_line(train(*TINY, f"run_dir={tmp_path / 'run'}"), "cannot write", "another run_dir")
 
 
 def test_two_runs_in_one_run_dir_are_refused(train: Train, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Adam
 
 from ddp_cifar.config import OptimConfig, StepClampConfig
-from ddp_cifar.optim import AdamStepClamp, Schedule, build_optimizer, lr_factor
+from ddp_cifar.optim import AdamStepClamp, Schedule, build_optimizer, load_optimizer_state, lr_factor
 
 
 def test_the_rate_warms_up_and_falls_along_a_cosine() -> None:
@@ -72,6 +72,14 @@ def test_the_clamp_is_right_after_a_resume() -> None:
         step(model, optimizer)
         step(again, resumed)
     assert torch.equal(model.weight, again.weight)
+
+
+def test_a_resume_keeps_this_runs_implementation() -> None:
+    model = nn.Linear(2, 2)
+    saved = build_optimizer(model, OptimConfig(implementation="fused")).state_dict()
+    optimizer = build_optimizer(model, OptimConfig(implementation="foreach"))
+    load_optimizer_state(optimizer, saved)
+    assert (optimizer.param_groups[0]["foreach"], optimizer.param_groups[0]["fused"]) == (True, False)
 
 
 def test_the_schedule_turns_epochs_into_steps() -> None:

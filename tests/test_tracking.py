@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddp_cifar.tracking import JsonLinesTracker, build_tracker
@@ -40,6 +41,24 @@ def test_going_on_drops_what_was_logged_past_the_checkpoint(tmp_path: Path) -> N
         (3, -3.0),
         (4, -4.0),
     ]
+
+
+def test_a_tracker_that_cannot_write_is_left_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = build_tracker(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", start_step=0)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLinesTracker, "log", full)
+        tracker.log({"train/loss": 1.0}, 1)
+    tracker.log({"train/loss": 2.0}, 2)
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_a_number_that_json_lacks_is_null(tmp_path: Path) -> None:

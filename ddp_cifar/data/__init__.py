@@ -8,6 +8,7 @@ from ddp_cifar.data.dataset import DataSet
 from ddp_cifar.data.imagefolder import read_imagefolder
 from ddp_cifar.data.shapes import draw_shapes
 from ddp_cifar.distributed import World
+from ddp_cifar.errors import UserError
 
 DATASETS: dict[str, Callable[[DataConfig, World], DataSet]] = {
     "cifar10": read_cifar10,
@@ -18,4 +19,8 @@ DATASETS: dict[str, Callable[[DataConfig, World], DataSet]] = {
 
 def build_dataset(config: DataConfig, world: World) -> DataSet:
     """Read or draw the data set on every rank, with data.val_images held out. Raises `UserError` if it cannot be read."""
-    return DATASETS[config.name](config, world).hold_out(config.val_images)
+    try:
+        dataset = DATASETS[config.name](config, world)
+    except OSError as error:
+        raise UserError(f"cannot read data.root={config.root} ({error.strerror}: {error.filename})") from error
+    return dataset.hold_out(config.val_images)

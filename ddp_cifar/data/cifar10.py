@@ -1,7 +1,11 @@
 """CIFAR-10 by torchvision's reader: downloaded once a node, its checksum verified."""
 
 import contextlib
+import fcntl
+import http.client
+import os
 import socket
+import tarfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,9 +26,9 @@ def read_cifar10(config: DataConfig, world: World) -> DataSet:
 
     def read(train: bool, download: bool) -> Any:
         try:
-            with _timeout(DOWNLOAD_TIMEOUT_S):
+            with _timeout(DOWNLOAD_TIMEOUT_S), _only_one(config.root) if download else contextlib.nullcontext():
                 return CIFAR10(config.root, train=train, download=download)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, http.client.HTTPException, tarfile.TarError, EOFError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"CIFAR-10 is not in data.root={config.root}, and cannot be downloaded ({reason}): copy the folder "
@@ -39,6 +43,16 @@ def read_cifar10(config: DataConfig, world: World) -> DataSet:
 def _split(dataset: Any) -> Split:
     images: Tensor = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     return Split.of(images, torch.tensor(dataset.targets))
+
+
+@contextlib.contextmanager
+def _only_one(folder: str) -> Iterator[None]:
+    """Nodes that share the folder take turns: the first downloads, and the others then find the files."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, ".cifar10.lock"), "w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager

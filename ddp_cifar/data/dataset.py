@@ -1,5 +1,6 @@
 """What a data set is here: two tensors a split, in memory."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,16 @@ class DataSet:
     test: Split
     classes: tuple[str, ...]
     val: Split | None = None
+
+    def describe(self) -> str:
+        """Sizes, and a checksum of the classes' names and all labels: equal for two readings of the same data."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        sizes = ", ".join(f"{len(split)} {name}" for name, split in splits.items() if split)
+        sha = hashlib.sha256("\0".join(self.classes).encode())
+        for split in splits.values():
+            if split:
+                sha.update(split.labels.numpy().tobytes() + b"|")
+        return f"{sizes} images of {len(self.classes)} classes, labels {sha.hexdigest()[:8]}"
 
     def hold_out(self, val_images: int) -> "DataSet":
         """The same with `val_images` of the training images as `val`; with 0, no `val`.
