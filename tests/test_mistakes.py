@@ -412,6 +412,8 @@ def test_ctrl_c_is_one_line_and_the_status_says_so(tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # a suite that runs in a shell's background has SIGINT ignored, and would pass that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_until(lambda: (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").read_text())
     os.kill(process.pid, signal.SIGINT)

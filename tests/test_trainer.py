@@ -12,6 +12,7 @@ from torch import Tensor, nn, optim
 from ddp_cifar.checkpoint import digest
 from ddp_cifar.data.dataset import DataSet
 from ddp_cifar.distributed import World
+from ddp_cifar.models import MODELS
 from ddp_cifar.models.cnn import CNN
 from ddp_cifar.trainer import Trainer
 
@@ -103,33 +104,31 @@ TEN_STEPS = (
 )
 
 
-def train_ten_steps(world: World, arguments: tuple[str, ...], num_images: int) -> dict[str, Any]:
-    config = config_of(*TEN_STEPS, *arguments)
-    trainer = make_trainer(world, config, random_dataset(num_images))
-    pixels = {}
+def first_steps(world: World, arguments: tuple[str, ...]) -> dict[str, Any]:
+    """An epoch's pixels, and gradients and buffers after its first and its last, short step, each from the same weights."""
+    config, dataset = config_of(*TEN_STEPS, *arguments), random_dataset(105)
+    result: dict[str, Any] = {"pixels": {}}
+    for name, step in (("first", 0), ("short", 3)):
+        trainer = make_trainer(world, config, dataset)
+        trainer.model.train()
+        trainer.train_step(next(trainer.train.steps(0, first_step=step)))
+        gradients = {key: parameter.grad for key, parameter in trainer.model.named_parameters()}
+        result[name] = {"gradients": gradients, "buffers": dict(trainer.model.named_buffers())}
     for step, batch in enumerate(trainer.train.steps(epoch=1)):
         for micro in batch:
-            pixels[step, micro.index] = (micro.images.clone(), micro.labels.clone())
-    after = {}
-    for name, step in (("first", 0), ("short", trainer.plan.steps_per_epoch - 1)):
-        single = make_trainer(world, config, random_dataset(num_images))
-        single.model.train()
-        single.train_step(next(single.train.steps(0, first_step=step)))
-        gradients = {key: parameter.grad.clone() for key, parameter in single.model.named_parameters()}
-        after[name] = {"gradients": gradients, "buffers": dict(single.model.named_buffers())}
-    trainer.fit()
-    assert trainer.progress.step == 10
-    return {"pixels": pixels, "weights": trainer.model.state_dict(), **after}
+            result["pixels"][step, micro.index] = (micro.images, micro.labels)
+    return result
 
 
 @pytest.mark.parametrize("micro_batch_size", [8, 4])
-def test_1_2_and_4_ranks_compute_the_same(ranks: RankPool, micro_batch_size: int) -> None:
+def test_1_2_and_4_ranks_see_the_same_pixels_and_compute_the_same_gradients(
+    ranks: RankPool, micro_batch_size: int
+) -> None:
     """With BatchNorm and dropout. 8 images a micro-batch are 4 micro-batches a step (none accumulated on 4 ranks), 4 are 8.
 
-    Of 105 images, the last step has 9, so that micro-batches of unlike size meet.
+    Of 105 images, an epoch's last step has 9, so that micro-batches of unlike size meet.
     """
-    arguments = (f"train.micro_batch_size={micro_batch_size}",)
-    runs = {n: ranks.run(train_ten_steps, n, arguments, 105) for n in (1, 2, 4)}
+    runs = {n: ranks.run(first_steps, n, (f"train.micro_batch_size={micro_batch_size}",)) for n in (1, 2, 4)}
     one = runs[1][0]
     for run in runs.values():
         pixels = {key: value for rank in run for key, value in rank["pixels"].items()}
@@ -141,8 +140,38 @@ def test_1_2_and_4_ranks_compute_the_same(ranks: RankPool, micro_batch_size: int
             for step in ("first", "short"):
                 assert largest_difference(rank[step]["gradients"], one[step]["gradients"]) <= 1e-6
                 assert largest_difference(rank[step]["buffers"], one[step]["buffers"]) <= 1e-6
-            assert largest_difference(rank["weights"], one["weights"]) <= 1e-5
-            assert digest(rank["weights"]) == digest(run[0]["weights"]), "ranks of one run differ"
+
+
+class DoubleCNN(CNN):
+    """The CNN in float64."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.double())
+
+
+def train_ten_steps(world: World) -> tuple[dict[str, Tensor], str]:
+    MODELS["double_cnn"] = DoubleCNN
+    arguments = ("model.name=double_cnn", "train.global_batch_size=16", "train.micro_batch_size=4")
+    trainer = make_trainer(world, config_of(*TEN_STEPS, *arguments), random_dataset(53))
+    trainer.fit()
+    assert trainer.progress.step == 10
+    return trainer.model.state_dict(), digest(trainer.state_dict())
+
+
+def test_1_2_and_4_ranks_have_the_same_weights_after_ten_steps(ranks: RankPool) -> None:
+    """In float64, where it is the computation that is compared. In float32 runs part faster than their sums round: a value
+    at the brink of a ReLU or a pooling goes the other way in one of them, and its image's gradient with it; after ten steps
+    weights differ by 5e-6 to 9e-5, by the seed and the batch size.
+    """
+    runs = {n: ranks.run(train_ten_steps, n) for n in (1, 2, 4)}
+    for run in runs.values():
+        for weights, whole in run:
+            assert largest_difference(weights, runs[1][0][0]) <= 1e-6
+            assert whole == run[0][1], "ranks of one run differ"
 
 
 def test_buffers_count_one_batch_a_step(alone: World) -> None:
