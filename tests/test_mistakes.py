@@ -415,9 +415,12 @@ def test_ctrl_c_is_one_line_and_the_status_says_so(tmp_path: Path) -> None:
         # a suite that runs in a shell's background has SIGINT ignored, and would pass that on
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    wait_until(lambda: (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").read_text())
-    os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    try:
+        wait_until(lambda: (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").read_text())
+        os.kill(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 1
     assert err.splitlines() == [err.strip()]
     assert "interrupted" in err
