@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
             check_same_run(resumed, config)
             progress.load_state_dict(resumed.state["progress"])
             if progress.is_finished(config.train):
+                if world.is_main:
+                    run_dir.write_status("finished")  # a crash just after the last save leaves another word
                 log.info(
                     f"{run_dir.path} is finished: {progress}. A larger train.epochs or train.max_steps would go on"
                 )
