@@ -89,7 +89,8 @@ def build_trainer(config: Config, world: World, dataset: DataSet, checkpoints: C
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     threads = f", {torch.get_num_threads()} threads a rank" if place.type == "cpu" else ""
-    log.info(f"{config.data.name}: {dataset.describe()}")
+    data = dataset.describe()
+    log.info(f"{config.data.name}: {data}")
     log.info(
         f"{config.model.name}: {parameters:,} parameters, {precision}, on {place.type} over {world.backend}{threads}"
     )
@@ -109,7 +110,7 @@ def build_trainer(config: Config, world: World, dataset: DataSet, checkpoints: C
         val=EvalLoader(dataset.val, place, channels_last) if dataset.val else None,
         checkpoints=checkpoints,
         precision=precision,
-        data=dataset.describe(),
+        data=data,
         show_progress=world.is_main and sys.stderr.isatty(),
     )
 

@@ -23,7 +23,8 @@ LOG_DIR=$(mktemp -d)
 trap 'rm -rf "$LOG_DIR"' EXIT
 export LOG_DIR
 # the nodes share this machine's GPUs, if there are enough, each taking its own
-gpus=$(count_gpus) per_node=$(($(count_gpus) / nnodes))
+gpus=$(count_gpus)
+per_node=$((gpus / nnodes))
 export NPROC_PER_NODE=${NPROC_PER_NODE:-$((per_node > 0 ? per_node : 1))}
 check_count NPROC_PER_NODE "$NPROC_PER_NODE"
 all_gpus=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}

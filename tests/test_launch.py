@@ -76,24 +76,33 @@ def test_the_default_without_data_or_network_says_what_to_do(shell: Shell, tmp_p
     assert "data.name=shapes" in lines[0]
 
 
-def test_a_killed_rank_ends_the_run_and_the_next_start_goes_on(shell: Shell, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    arguments = [*TINY, "train.epochs=400", f"run_dir={run_dir}"]
+def long_run(run_dir: Path) -> list[str]:
+    return [*TINY, "train.epochs=400", f"run_dir={run_dir}"]
+
+
+def start_long_run(run_dir: Path, **environment: str) -> subprocess.Popen[str]:
+    """launch/local.sh, under way: it has saved a checkpoint when this returns."""
     launcher = subprocess.Popen(
-        ["launch/local.sh", *arguments],
+        ["launch/local.sh", *long_run(run_dir)],
         cwd=CHECKOUT,
-        env={**os.environ, "NPROC_PER_NODE": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env={**os.environ, **environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     wait_until(lambda: list(run_dir.glob("checkpoints/step_*.pt")), seconds=90)
+    return launcher
+
+
+def test_a_killed_rank_ends_the_run_and_the_next_start_goes_on(shell: Shell, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    launcher = start_long_run(run_dir, NPROC_PER_NODE="2")
     ranks = subprocess.run(
         ["pgrep", "-f", f"ddp_cifar.train.*{run_dir}$"], capture_output=True, text=True
     ).stdout.split()
-    workers = [int(pid) for pid in ranks if "torchrun" not in Path(f"/proc/{pid}/cmdline").read_text()]
-    workers = [pid for pid in workers if "local.sh" not in Path(f"/proc/{pid}/cmdline").read_text()]
-    workers = [pid for pid in workers if "node.sh" not in Path(f"/proc/{pid}/cmdline").read_text()]
+    launchers = ("torchrun", "local.sh", "node.sh")
+    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in ranks}
+    workers = [pid for pid, command in commands.items() if not any(name in command for name in launchers)]
     assert len(workers) == 2
     os.kill(workers[-1], signal.SIGKILL)
     launcher.communicate(timeout=90)
@@ -102,7 +111,7 @@ def test_a_killed_rank_ends_the_run_and_the_next_start_goes_on(shell: Shell, tmp
 
     newest = sorted(run_dir.glob("checkpoints/step_*.pt"))[-1]
     step = int(newest.stem.split("_")[1])
-    outcome = shell("launch/local.sh", *arguments, f"train.max_steps={step + 2}", NPROC_PER_NODE="2")
+    outcome = shell("launch/local.sh", *long_run(run_dir), f"train.max_steps={step + 2}", NPROC_PER_NODE="2")
     assert outcome.status == 0, outcome.err
     assert f"going on from {newest}" in outcome.out
     steps = [row["step"] for row in rows(run_dir) if "train/epoch" not in row]
@@ -111,15 +120,7 @@ def test_a_killed_rank_ends_the_run_and_the_next_start_goes_on(shell: Shell, tmp
 
 def test_term_ends_every_process_of_two_agents(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    launcher = subprocess.Popen(
-        ["launch/local.sh", *TINY, "train.epochs=400", f"run_dir={run_dir}"],
-        cwd=CHECKOUT,
-        env={**os.environ, "NNODES": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    wait_until(lambda: list(run_dir.glob("checkpoints/step_*.pt")), seconds=90)
+    launcher = start_long_run(run_dir, NNODES="2")
     launcher.send_signal(signal.SIGTERM)
     out, _ = launcher.communicate(timeout=90)
     assert launcher.returncode != 0
