@@ -1,5 +1,6 @@
 """A model's buffers over a step: the mean over its micro-batches, as gradients are."""
 
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -14,53 +15,56 @@ class BufferMean:
     Each micro-batch starts from the buffers of the step's start, wherever it is computed, so that ranks end a step with
     equal buffers and any number of ranks ends it with the same. Integer buffers (`num_batches_tracked`) grow as by one
     forward pass. Buffers that a forward pass leaves alone keep their bits.
+
+    The model's buffers become views of one flat tensor a dtype, so that they are copied and summed all at once.
     """
 
     def __init__(self, model: nn.Module, world: World, num_micro_batches: int) -> None:
         self.world = world
-        self.buffers = [buffer for buffer in model.buffers() if buffer is not None]
-        self.floats = [buffer for buffer in self.buffers if buffer.is_floating_point()]
+        by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for buffer in model.buffers():
+            by_dtype[buffer.dtype].append(buffer)
+        self.flats = [_flatten(buffers) for buffers in by_dtype.values()]
+        self.floats = [flat for flat in self.flats if flat.is_floating_point()]
         # the mean over one micro-batch is what its forward pass left
         self.needed = num_micro_batches > 1 and bool(self.floats)
 
     def begin_step(self) -> None:
         """Remember the buffers that every micro-batch of the step starts from."""
         if self.needed:
-            self.start = [buffer.clone() for buffer in self.buffers]
-            self.change = torch.zeros_like(_flat(self.floats))
+            self.starts = [flat.clone() for flat in self.flats]
+            self.float_starts = [start for start in self.starts if start.is_floating_point()]
+            self.changes = [torch.zeros_like(flat) for flat in self.floats]
 
     def begin_micro_batch(self) -> None:
         """Put the buffers back to the step's start."""
         if self.needed:
-            _copy(self.start, self.buffers)
+            for flat, start in zip(self.flats, self.starts, strict=True):
+                flat.copy_(start)
 
     def end_micro_batch(self, weight: float) -> None:
         """Count the change that a forward pass made, by the micro-batch's share of the step's images."""
         if self.needed:
-            self.change += weight * (_flat(self.floats) - self._flat_start())
+            for change, flat, start in zip(self.changes, self.floats, self.float_starts, strict=True):
+                change.add_(flat - start, alpha=weight)
 
     def start_reducing(self) -> Callable[[], None]:
         """Begin to sum the changes over ranks; the function returned waits and sets the buffers."""
         if not self.needed:
             return lambda: None
-        wait = self.world.start_sum(self.change)
+        waits = [self.world.start_sum(change) for change in self.changes]
 
         def finish() -> None:
-            wait()
-            means = (self._flat_start() + self.change).split([buffer.numel() for buffer in self.floats])
-            _copy([mean.view_as(b) for mean, b in zip(means, self.floats, strict=True)], self.floats)
+            for wait, change, flat, start in zip(waits, self.changes, self.floats, self.float_starts, strict=True):
+                wait()
+                torch.add(start, change, out=flat)
 
         return finish
 
-    def _flat_start(self) -> Tensor:
-        return _flat([buffer for buffer in self.start if buffer.is_floating_point()])
 
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
-    with torch.no_grad():
-        for source, target in zip(sources, targets, strict=True):
-            target.copy_(source)
+def _flatten(buffers: list[Tensor]) -> Tensor:
+    """One tensor of all elements, of which the buffers become views."""
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.data = part.view_as(buffer)
+    return flat

@@ -26,7 +26,7 @@ from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
 from ddp_cifar.metrics import Counter, PhaseTimer, Span, Totals
 from ddp_cifar.optim import Schedule, load_optimizer_state
-from ddp_cifar.seeding import derive_seed
+from ddp_cifar.seeding import seed_dropout
 from ddp_cifar.tracking import NullTracker, Tracker
 
 
@@ -233,7 +233,7 @@ class Trainer:
     def forward_backward(self, micro_batch: MicroBatch, step_images: int, *, is_last: bool) -> None:
         """Add a micro-batch's part to the gradients of a step that has `step_images` images over all ranks."""
         # dropout by the micro-batch's place in the run, so that it is the same on whatever rank
-        torch.manual_seed(derive_seed("dropout", self.config.seed, self.progress.step, micro_batch.index))
+        seed_dropout(self.world.device, self.config.seed, self.progress.step, micro_batch.index)
         self.buffers.begin_micro_batch()
         with self.autocast():
             logits = self.ddp(micro_batch.images)

@@ -83,7 +83,8 @@ def equals_the_articles_loop(world: World, implementation: str, tolerance: float
     net.train()
     article_loop(net, optimizer, epochs)
     trainer.fit()
-    assert largest_difference(trainer.model.state_dict(), net.state_dict()) <= tolerance
+    difference = largest_difference(trainer.model.state_dict(), net.state_dict())
+    assert difference <= tolerance
     counts = {float(state["step"]) for state in trainer.optimizer.state.values()}
     # 12 updates: 1 ... 6 freely in step counts, then 6 -> 4, 5, 6 -> 4 ...
     assert counts == {float(state["step"]) for state in optimizer.state.values()} == {6.0}
