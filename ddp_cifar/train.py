@@ -90,6 +90,7 @@ def build_trainer(config: Config, world: World, dataset: DataSet, checkpoints: C
     parameters = sum(parameter.numel() for parameter in model.parameters())
     threads = f", {torch.get_num_threads()} threads a rank" if place.type == "cpu" else ""
     data = dataset.describe()
+    dataset = dataset.to(place)
     log.info(f"{config.data.name}: {data}")
     log.info(
         f"{config.model.name}: {parameters:,} parameters, {precision}, on {place.type} over {world.backend}{threads}"
@@ -105,9 +106,9 @@ def build_trainer(config: Config, world: World, dataset: DataSet, checkpoints: C
         world,
         model=model,
         optimizer=build_optimizer(model, config.optim),
-        train=TrainLoader(dataset.train, sampler, config.seed, place, channels_last),
-        test=EvalLoader(dataset.test, place, channels_last),
-        val=EvalLoader(dataset.val, place, channels_last) if dataset.val else None,
+        train=TrainLoader(dataset.train, sampler, config.seed, channels_last),
+        test=EvalLoader(dataset.test, channels_last) if dataset.test else None,
+        val=EvalLoader(dataset.val, channels_last) if dataset.val else None,
         checkpoints=checkpoints,
         precision=precision,
         data=data,

@@ -80,7 +80,7 @@ class Trainer:
         model: nn.Module,
         optimizer: Optimizer,
         train: TrainLoader,
-        test: EvalLoader,
+        test: EvalLoader | None,
         val: EvalLoader | None,
         checkpoints: Checkpoints,
         precision: str,
@@ -306,8 +306,8 @@ class Trainer:
         the same step of an unbroken run.
         """
         kept = [buffer.clone() for buffer in self.model.buffers()]
-        shape, memory_format = self.train.images.shape[1:], self.train.memory_format
-        images = torch.zeros(2, *shape, device=self.world.device).to(memory_format=memory_format)
+        images = torch.zeros(2, *self.train.image_shape, device=self.world.device)
+        images = images.to(memory_format=self.train.memory_format)
         self.model.train()
         with self.autocast():
             logits = self.ddp(images)

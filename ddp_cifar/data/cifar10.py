@@ -41,7 +41,7 @@ def read_cifar10(config: DataConfig, world: World) -> DataSet:
 
 
 def _split(dataset: Any) -> Split:
-    images: Tensor = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+    images: Tensor = torch.from_numpy(dataset.data).permute(0, 3, 1, 2)
     return Split.of(images, torch.tensor(dataset.targets))
 
 

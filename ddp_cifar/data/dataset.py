@@ -12,17 +12,22 @@ from ddp_cifar.seeding import generator
 
 @dataclass(frozen=True)
 class Split:
-    """Images and labels of one split."""
+    """Images and labels of one split, which may be a part of the tensor of images."""
 
     images: Tensor
-    """(N, 3, H, W) uint8"""
+    """(M, 3, H, W) uint8, channels-last in memory: all images that there are, of this split or of others as well"""
     labels: Tensor
     """(N,) int64, 0 to the number of classes - 1"""
     sample_ids: Tensor
-    """(N,) int64: which image of the whole training (or test) set each is. Augmentation goes by it."""
+    """(N,) int64: where in `images` each image of the split is. Augmentation goes by it."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width, in pixels."""
+        return self.images.shape[2]
 
     @staticmethod
     def of(images: Tensor, labels: Tensor) -> "Split":
@@ -30,10 +35,12 @@ class Split:
         assert images.dtype == torch.uint8, images.dtype
         assert images.ndim == 4, images.shape
         assert len(images) == len(labels), (images.shape, labels.shape)
-        return Split(images, labels.long(), torch.arange(len(labels)))
+        channels_last = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        return Split(channels_last, labels.long(), torch.arange(len(labels)))
 
     def take(self, indices: Tensor) -> "Split":
-        return Split(self.images[indices], self.labels[indices], self.sample_ids[indices])
+        """The part of the split that `indices` (K,) picks, over the same tensor of images."""
+        return Split(self.images, self.labels[indices], self.sample_ids[indices])
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class DataSet:
     """The splits of a data set and the names of its classes."""
 
     train: Split
-    test: Split
+    test: Split | None
     classes: tuple[str, ...]
     val: Split | None = None
 
@@ -70,3 +77,14 @@ class DataSet:
         shuffled = torch.randperm(len(self.train), generator=generator("val"))
         val, train = shuffled[:val_images].sort().values, shuffled[val_images:].sort().values
         return DataSet(self.train.take(train), self.test, self.classes, val=self.train.take(val))
+
+    def to(self, device: torch.device) -> "DataSet":
+        """The same on a device; images that splits share are there once."""
+        moved: dict[int, Tensor] = {}
+
+        def move(split: Split) -> Split:
+            images = moved.setdefault(id(split.images), split.images.to(device))
+            return Split(images, split.labels.to(device), split.sample_ids.to(device))
+
+        test, val = (split and move(split) for split in (self.test, self.val))
+        return DataSet(move(self.train), test, self.classes, val)

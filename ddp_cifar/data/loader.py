@@ -47,17 +47,20 @@ class StepBatch:
 
 
 class EvalLoader:
-    """A split kept whole on the device as uint8, and this rank's share of it for an evaluation."""
+    """A split that is whole on the device as uint8, and this rank's share of it for an evaluation."""
 
-    def __init__(self, split: Split, device: torch.device, channels_last: bool) -> None:
-        self.device = device
-        self.images = split.images.to(device)
-        self.labels = split.labels.to(device)
-        self.sample_ids = split.sample_ids.to(device)
+    def __init__(self, split: Split, channels_last: bool) -> None:
+        self.split = split
+        self.device = split.images.device
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.split)
+
+    @property
+    def image_shape(self) -> torch.Size:
+        """(3, H, W)"""
+        return self.split.images.shape[1:]
 
     def gather(self, indices: Tensor, augmentations: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B,) int64 indices -> (B, 3, H, W) float32 images and (B,) int64 labels on the device.
@@ -65,10 +68,11 @@ class EvalLoader:
         Each image is augmented by its sample id's row of `augmentations` (num_ids, 3), where those are given.
         """
         indices = indices.to(self.device)
-        images = self.images[indices]
+        sample_ids = self.split.sample_ids[indices]
+        images = self.split.images.permute(0, 2, 3, 1).index_select(0, sample_ids).permute(0, 3, 1, 2)
         if augmentations is not None:
-            images = augment(images, augmentations[self.sample_ids[indices]])
-        return normalize(images, self.memory_format), self.labels[indices]
+            images = augment(images, augmentations[sample_ids])
+        return normalize(images, self.memory_format), self.split.labels[indices]
 
     def evaluation_batches(
         self, world: World, batch_size: int, augmentations: Tensor | None = None
@@ -85,13 +89,10 @@ class EvalLoader:
 class TrainLoader(EvalLoader):
     """The training split, and this rank's part of each step."""
 
-    def __init__(
-        self, split: Split, sampler: StepSampler, seed: int, device: torch.device, channels_last: bool
-    ) -> None:
-        super().__init__(split, device, channels_last)
+    def __init__(self, split: Split, sampler: StepSampler, seed: int, channels_last: bool) -> None:
+        super().__init__(split, channels_last)
         self.sampler = sampler
         self.seed = seed
-        self.num_ids = int(split.sample_ids.max()) + 1
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[StepBatch]:
         """The epoch's steps from `first_step` on."""
@@ -100,5 +101,8 @@ class TrainLoader(EvalLoader):
             yield StepBatch(indices, self, augmentations)
 
     def augmentations(self, epoch: int, purpose: str = "augment") -> Tensor:
-        """(num_ids, 3) uint8 on the device: the epoch's crop and mirror of each sample id."""
-        return draw_augmentations(self.num_ids, seed=self.seed, epoch=epoch, purpose=purpose).to(self.device)
+        """(num_ids, 3) int32 on the device: the epoch's crop and mirror of each sample id."""
+        table = draw_augmentations(
+            len(self.split.images), seed=self.seed, epoch=epoch, image_size=self.split.image_size, purpose=purpose
+        )
+        return table.to(self.device)
