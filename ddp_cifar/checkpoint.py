@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, verified when read, the newest good one found, old ones removed.
 
 A checkpoint is a plain dict of tensors, numbers and strings, which `torch.load(path, weights_only=True)` takes:
-`model`, `optimizer`, `progress`, `config`, and `digest`, a sha256 of the rest.
+`model`, `optimizer`, `progress`, `config`; `ema` (averaged weights) and `scaler` (of fp16) where the run has them; and
+`digest`, a sha256 of the rest.
 """
 
 import hashlib
@@ -19,12 +20,21 @@ from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
 
 State = dict[str, Any]
-PARTS = ("model", "optimizer", "progress", "config")
+PARTS = ("model", "optimizer", "progress", "config")  # and, where they are on, "ema" and "scaler"
 
 # What makes a run the run it is: keys, or sections, that a resume must find as they were ...
-IDENTITY = ("seed", "data", "model", "optim", "train.global_batch_size", "train.micro_batch_size")
+IDENTITY = (
+    "seed",
+    "data",
+    "model",
+    "optim",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "train.label_smoothing",
+    "train.ema_decay",
+)
 # ... but for those in them that change where or how something is done, not what
-NOT_IDENTITY = ("data.root", "optim.implementation")
+NOT_IDENTITY = ("data.root", "data.cache", "data.on_corrupt", "model.init", "optim.implementation")
 
 
 def digest(state: object) -> str:
@@ -78,20 +88,64 @@ def load_checkpoint(path: Path) -> State:
     """The state in `path`, on the CPU. Raises `UserError` if it is missing, damaged, or not a checkpoint of ours."""
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}: check resume, or leave it out")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file, and for a pickle that could run code
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} cannot be read as a checkpoint ({reason[:120]}): it is damaged, or not one of ours"
-        ) from error
+    state = _read(path)
     missing = [part for part in (*PARTS, "digest") if part not in state] if isinstance(state, dict) else list(PARTS)
     if missing:
-        raise UserError(f"{path} is not a checkpoint of a run: it has no {missing[0]}, expected {', '.join(PARTS)}")
+        raise UserError(
+            f"{path} is not a checkpoint of a run: it has no {missing[0]}, expected {', '.join(PARTS)}; "
+            f"weights alone can be a new run's start, with model.init={path}"
+        )
     expected = state.pop("digest")
     if digest(state) != expected:
         raise UserError(f"{path} is damaged: its content does not match its checksum; use an older checkpoint")
     return state  # type: ignore[no-any-return]
+
+
+def load_init(init: str) -> Mapping[str, Tensor]:
+    """The weights that the config key `model.init` names: a checkpoint's (the averaged ones, if it has them), a
+    run_dir's newest checkpoint's, or a saved state dict's.
+
+    Raises `UserError` if there are none.
+    """
+    path = Path(init)
+    if path.is_dir():
+        content: Any = load_newest(path, "model.init").state
+    elif path.exists():
+        content = _read(path)
+    else:
+        raise UserError(f"model.init={path} does not exist: expected random, a checkpoint, a run_dir or a state dict")
+    if isinstance(content, Mapping) and "digest" in content:
+        content = load_checkpoint(path)
+    weights: Any = content.get("ema", content.get("model", content)) if isinstance(content, Mapping) else None
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"model.init={path} holds no weights: expected a checkpoint of ours, or a saved state dict")
+    return weights
+
+
+def load_newest(folder: Path, key: str) -> "Loaded":
+    """The newest good checkpoint of a run_dir, or of a folder of checkpoints, that the config's `key` names."""
+    checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    found = Checkpoints(checkpoints, keep=1).load_latest()
+    if found is None:
+        raise UserError(f"{key}={folder} has no checkpoints: expected a checkpoint, or the run_dir of a run")
+    return found
+
+
+def _read(path: Path) -> Any:
+    """What `torch.save` wrote to `path`, on the CPU. Raises `UserError` if it is damaged or could run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        if "Unsupported global" in str(error):
+            raise UserError(
+                f"{path} is a pickle of whole objects, such as a module, which could run code on loading: where its class is "
+                f"defined, convert it with: "
+                f"torch.save(torch.load({str(path)!r}, weights_only=False)['net'].state_dict(), 'weights.pt')"
+            ) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({reason[:120]}): it is damaged, or not one of ours"
+        ) from error
 
 
 class Loaded(NamedTuple):
@@ -183,13 +237,7 @@ def find_checkpoint(resume: str, own: Checkpoints) -> Loaded | None:
         if resume != "auto":
             log.info(f"resume={resume} was this run's start; it goes on from its own newest checkpoint")
         return latest
-    if path.is_dir():
-        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        found = Checkpoints(folder, own.keep).load_latest()
-        if found is None:
-            raise UserError(f"resume={resume} has no checkpoints: expected a checkpoint, or the run_dir of a run")
-    else:
-        found = Loaded(path, load_checkpoint(path))
+    found = load_newest(path, "resume") if path.is_dir() else Loaded(path, load_checkpoint(path))
     if latest and found.path.resolve() != latest.path.resolve():
         raise UserError(
             f"resume={resume} is not the newest checkpoint of its run ({latest.path.name} is): "
@@ -202,7 +250,8 @@ def find_checkpoint(resume: str, own: Checkpoints) -> Loaded | None:
 
 def check_same_run(checkpoint: Loaded, config: Config) -> None:
     """Raise `UserError` where `config` and a checkpoint's differ in what makes the run; log other differences."""
-    before, now = flatten(checkpoint.state["config"]), flatten(to_dict(config))
+    now = flatten(to_dict(config))
+    before = flatten(to_dict(Config())) | flatten(checkpoint.state["config"])  # a key it is too old for has its default
     refused: list[str] = []
     logged: list[str] = []
     for key in sorted(before.keys() | now.keys()):
@@ -219,13 +268,16 @@ def check_same_run(checkpoint: Loaded, config: Config) -> None:
         log.info(f"other settings than when {checkpoint.path.name} was made: {'; '.join(logged)}")
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str, *, new_head: bool = False) -> list[str]:
     """Load a state dict, with DataParallel's or DistributedDataParallel's `module.` in front of its names or without.
 
+    With `new_head`, a last layer for another number of classes keeps the weights it has; returns their names.
     Raises `UserError` if a name or a shape does not fit the model.
     """
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
     own = model.state_dict()
+    kept = _other_head(weights, own) if new_head else []
+    weights |= {name: own[name] for name in kept}
     for name in [*own, *weights]:
         if name not in weights or name not in own:
             kind = "has no" if name not in weights else "has a"
@@ -236,6 +288,16 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
                 f"expected {tuple(own[name].shape)}; check model.name and the number of classes"
             )
     model.load_state_dict(weights)
+    return kept
+
+
+def _other_head(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """The last layer's weights, if they differ in the number of its outputs and nothing else."""
+    layer = list(own)[-1].rpartition(".")[0] + "."
+    names = [name for name in own if name.startswith(layer) and name in weights]
+    if all(weights[name].shape[1:] == own[name].shape[1:] for name in names):
+        return [name for name in names if weights[name].shape != own[name].shape]
+    return []
 
 
 def _shown(value: object) -> str:

@@ -50,11 +50,21 @@ class DataConfig:
     """cifar10 (downloaded once), imagefolder (data.root/train/CLASS/*, data.root/test/CLASS/*) or shapes (drawn on the spot)."""
     root: str = "data"
     """Folder of the images; cifar10 is downloaded into it. On several nodes: a folder that every node sees."""
+    image_size: int = 32
+    """Height and width, in pixels, that imagefolder brings images to: the short side is scaled, the middle kept.
+    cifar10 and shapes have 32."""
+    cache: str = "auto"
+    """Folder where imagefolder keeps the decoded images, which all ranks of a node then share. auto: .cache in data.root."""
+    on_corrupt: Literal["refuse", "skip"] = "refuse"
+    """A file of imagefolder that cannot be decoded: refuse to start and name it, or skip it with a warning."""
     val_images: int = 0
-    """Training images held out to choose the best checkpoint by; always the same ones, whatever the seed. 0: no `best`."""
+    """Training images held out to choose the best checkpoint by; always the same ones, whatever the seed. 0: no `best`.
+    With some, imagefolder needs no test folder."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
 
     def __post_init__(self) -> None:
+        _require(8 <= self.image_size <= 1024, "data.image_size", self.image_size, "8 to 1024")
+        _require(bool(self.cache.strip()), "data.cache", repr(self.cache), "auto or a folder's name")
         _require(self.val_images >= 0, "data.val_images", self.val_images, "0 or more")
 
 
@@ -62,12 +72,15 @@ class DataConfig:
 class ModelConfig:
     name: str = "cnn"
     """The network: cnn is the article's (six convolutions, three linear layers, 5,852,170 parameters for ten classes)."""
+    init: str = "random"
+    """Weights to start from. PATH: those of a checkpoint, a run_dir's newest, or a saved state dict; where the number of
+    classes differs, the last layer starts anew."""
 
 
 @dataclass(frozen=True)
 class StepClampConfig:
     enabled: bool = True
-    """Hold Adam's own step count between `reset_to` and `limit`, as the article does. Without effect for other optimizers."""
+    """Hold the step count of adam and adamw between `reset_to` and `limit`, as the article does. sgd has none."""
     after_epoch: int = 17
     """Epochs completed before the clamp acts (the article: `epoch > 16`, the 18th on)."""
     limit: int = 1024
@@ -86,13 +99,13 @@ class StepClampConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: str = "adam"
-    """adam (`weight_decay` is L2, as in the article) or sgd."""
+    """adam (as in the article), adamw or sgd."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.0
-    """L2 penalty, added to the gradient."""
+    """adam, sgd: L2 penalty, added to the gradient. adamw: share of `lr` by which weights shrink in an update."""
     momentum: float = 0.9
-    """Momentum of sgd (Nesterov's when above 0); adam does not read it."""
+    """Momentum of sgd (Nesterov's when above 0); adam and adamw do not read it."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """The rate after the warm-up: constant, or a half cosine that reaches 0 at the end of train.epochs."""
     warmup_epochs: float = 1.0
@@ -121,6 +134,11 @@ class TrainConfig:
     dropout included; null: global_batch_size / ranks, plain DDP, and results depend on the number of ranks."""
     clip_norm: float | None = None
     """Scale the gradient down to this norm where it is larger. null: never."""
+    label_smoothing: float = 0.0
+    """Share of a training label that is spread evenly over all classes."""
+    ema_decay: float | None = None
+    """Keep a running average of the weights, of which an update changes a share of 1 - ema_decay; it is what is evaluated,
+    and is in the checkpoint as `ema`. null: none."""
     channels_last: bool = True
     """Keep images and weights in channels-last memory order, which convolutions prefer."""
     log_every: int = 20
@@ -142,6 +160,8 @@ class TrainConfig:
             self.clip_norm,
             "a number above 0, or null",
         )
+        _require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "0 to below 1")
+        _require(self.ema_decay is None or 0 < self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 to 1, or null")
         _require(self.log_every >= 1, "train.log_every", self.log_every, "1 or more")
 
 
@@ -185,8 +205,9 @@ class Config:
     """auto: a GPU a rank where there is one, else the CPU."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Of torch.distributed. auto: nccl on cuda, else gloo."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of forward and backward; weights and updates stay fp32. auto: bf16 where every rank's hardware computes in it."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Of forward and backward; weights and updates stay fp32. auto: bf16 where every rank's hardware computes in it.
+    tf32: fp32 whose products a GPU rounds to 10 bits. fp16: with a scaled loss, for GPUs without bf16."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -197,6 +218,7 @@ class Config:
     def __post_init__(self) -> None:
         _require(bool(self.run_dir.strip()), "run_dir", repr(self.run_dir), "a folder's name")
         _require(bool(self.resume.strip()), "resume", repr(self.resume), "auto, never or a path")
+        _require(bool(self.model.init.strip()), "model.init", repr(self.model.init), "random or a path")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         _require(bool(self.data.root.strip()), "data.root", repr(self.data.root), "a folder's name")
         if self.backend == "nccl" and self.device in ("cpu", "mps"):

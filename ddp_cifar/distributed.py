@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,8 @@ from ddp_cifar.errors import UserError
 T = TypeVar("T")
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # gloo's default; a node's other ranks wait so long for a download
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # gloo's default
+PATIENCE = timedelta(days=1)  # of a node's other ranks while its first one downloads or decodes
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,28 @@ class World:
             raise outcome[1]
         return outcome[0]  # type: ignore[no-any-return]
 
-    @contextlib.contextmanager
-    def node_first(self) -> Iterator[None]:
-        """The body runs on the first rank of each node, and on the node's others once all of those are done.
+    def on_each_node(self, function: Callable[[], T]) -> T:
+        """Run `function` on the first rank of each node and return its result on the node's every rank.
 
-        For what a node needs once, such as a download. If the first rank raises, the others are not left waiting:
-        the process ends, and the launcher ends them.
+        For what a node needs once, such as a download; the others wait as long as it takes. What it raises on any node
+        is raised on every rank.
         """
+        if self.world_size == 1:
+            return function()
+        outcome: list[Any] = [None, None]
         if self.local_rank == 0:
-            yield
-        self.barrier()
-        if self.local_rank != 0:
-            yield
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                outcome[1] = error
+        outcomes: list[Any] = [None] * self.world_size
+        patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+        dist.all_gather_object(outcomes, outcome, group=patient)
+        dist.destroy_process_group(patient)
+        for _, failure in outcomes:
+            if failure is not None:
+                raise failure
+        return outcomes[self.rank - self.local_rank][0]  # type: ignore[no-any-return]
 
     def wrap(self, model: nn.Module) -> "DistributedDataParallel | Undistributed":
         """The model, already on the device and equal on all ranks, with its gradients averaged over ranks in backward.

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ddp_cifar.config import OptimConfig
 from ddp_cifar.errors import UserError
@@ -20,6 +20,10 @@ def _adam(parameters: Parameters, config: OptimConfig, implementation: Implement
     return Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, **implementation)
 
 
+def _adamw(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
+    return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, **implementation)
+
+
 def _sgd(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
     return SGD(
         parameters,
@@ -31,7 +35,11 @@ def _sgd(parameters: Parameters, config: OptimConfig, implementation: Implementa
     )
 
 
-OPTIMIZERS: dict[str, Callable[[Parameters, OptimConfig, Implementation], Optimizer]] = {"adam": _adam, "sgd": _sgd}
+OPTIMIZERS: dict[str, Callable[[Parameters, OptimConfig, Implementation], Optimizer]] = {
+    "adam": _adam,
+    "adamw": _adamw,
+    "sgd": _sgd,
+}
 """Name -> function of the parameters, the config and the implementation."""
 
 
@@ -110,7 +118,7 @@ class Schedule:
         self.warmup_steps = round(config.warmup_epochs * steps_per_epoch)
         self.clamp_after_step = config.step_clamp.after_epoch * steps_per_epoch
         self.clamp: AdamStepClamp | None = None
-        if config.step_clamp.enabled and isinstance(optimizer, Adam):
+        if config.step_clamp.enabled and isinstance(optimizer, Adam | AdamW):
             self.clamp = AdamStepClamp(optimizer, config.step_clamp.limit, config.step_clamp.reset_to)
 
     def before_step(self, step: int) -> float:

@@ -2,11 +2,19 @@
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
-from ddp_cifar.checkpoint import Checkpoints, NullCheckpoints, check_same_run, find_checkpoint
+from ddp_cifar.checkpoint import (
+    Checkpoints,
+    NullCheckpoints,
+    check_same_run,
+    find_checkpoint,
+    load_init,
+    load_weights,
+)
 from ddp_cifar.command import EXIT_SAVE_FAILED, run_command
 from ddp_cifar.config import Config, Tables, load_config, to_yaml
 from ddp_cifar.data import DATASETS, build_dataset
@@ -49,8 +57,11 @@ def main(argv: Sequence[str]) -> int:
                 )
                 return 0
 
+        init = None
+        if not resumed and config.model.init != "random":
+            init = world.on_main(lambda: load_init(config.model.init))
         dataset = build_dataset(config.data, world)
-        trainer = build_trainer(config, world, dataset, checkpoints)
+        trainer = build_trainer(config, world, dataset, checkpoints, init)
         if resumed:
             trainer.load_state_dict(resumed.state, source=str(resumed.path))
             log.info(f"going on from {resumed.path}: {progress}")
@@ -75,14 +86,26 @@ def start_records(run_dir: RunDir, config: Config, start_step: int) -> Tracker:
     return tracker
 
 
-def build_trainer(config: Config, world: World, dataset: DataSet, checkpoints: Checkpoints) -> Trainer:
-    """Put the parts together for this rank, and say once what was derived from the config and the world."""
+def build_trainer(
+    config: Config,
+    world: World,
+    dataset: DataSet,
+    checkpoints: Checkpoints,
+    init: Mapping[str, Tensor] | None = None,
+) -> Trainer:
+    """Put the parts together for this rank, and say once what was derived from the config and the world.
+
+    The model starts from the weights `init`, where they are given. Raises `UserError` if a part cannot be built.
+    """
     plan = plan_batches(config.train, world.world_size, len(dataset.train))
     place, channels_last = world.device, config.train.channels_last
     sampler = StepSampler(plan, world.rank, config.seed)
 
     torch.manual_seed(derive_seed("init", config.seed))
-    model = MODELS[config.model.name](len(dataset.classes)).to(place)
+    model = MODELS[config.model.name](len(dataset.classes), dataset.train.image_size).to(place)
+    if init is not None:
+        new = load_weights(model, init, config.model.init, new_head=True)
+        log.info(f"weights from {config.model.init}" + (f", but for {', '.join(new)}: other classes" if new else ""))
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     precision = pick_precision(config.precision, world)
@@ -117,12 +140,23 @@ def build_trainer(config: Config, world: World, dataset: DataSet, checkpoints: C
 
 
 def pick_precision(precision: str, world: World) -> str:
-    """`auto` is bf16 where every rank's hardware computes in it, else fp32."""
-    if world.device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: torch's default rounds convolutions to 10 bits
+    """The precision to use, with torch's switches set for it: `auto` is bf16 where every rank's hardware computes in it,
+    else fp32. Raises `UserError` if the device has no such precision.
+    """
+    device = world.device
+    if precision == "tf32" and not (device.type == "cuda" and bf16_is_native(device)):
+        raise UserError(
+            f"precision=tf32 needs a GPU of NVIDIA's Ampere generation or later, found {device.type}: use auto"
+        )
+    if precision == "fp16" and device.type == "mps":
+        raise UserError("precision=fp16 needs device cuda or cpu, found mps: use auto")
+    if device.type == "cuda":
+        # fp32 means fp32: torch's default would round the products of convolutions to 10 bits
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     if precision != "auto":
         return precision
-    return "bf16" if world.all(bf16_is_native(world.device)) else "fp32"
+    return "bf16" if world.all(bf16_is_native(device)) else "fp32"
 
 
 if __name__ == "__main__":

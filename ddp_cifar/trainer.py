@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ddp_cifar.buffers import BufferMean
@@ -99,6 +101,12 @@ class Trainer:
         self.train, self.test, self.val = train, test, val
         self.checkpoints = checkpoints
         self.precision = precision
+        # multiplies the loss so that small fp16 gradients do not vanish, and leaves out an update that overflowed
+        self.scaler = GradScaler(world.device.type, enabled=precision == "fp16")
+        self.ema: AveragedModel | None = None
+        if config.train.ema_decay is not None:
+            average = get_ema_multi_avg_fn(config.train.ema_decay)
+            self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         self.show_progress = show_progress
 
         conditions = {"precision": precision, "micro-batches a step": str(self.plan.num_micro_batches)}
@@ -123,12 +131,17 @@ class Trainer:
 
     def state_dict(self) -> State:
         """All that a run needs to go on: plain dicts, lists, tensors, numbers and strings."""
-        return {
+        state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": self.progress.state_dict(),
             "config": to_dict(self.config),
         }
+        if self.ema:
+            state["ema"] = self.ema.module.state_dict()
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
+        return state
 
     def load_state_dict(self, state: State, source: str) -> None:
         """Go on from a state. Raises `UserError`, which names `source`, if its data or its weights are not this run's."""
@@ -144,6 +157,11 @@ class Trainer:
                 log.warning(f"{name} was {before.conditions.get(name)} in {source}, now {value}: results will differ")
         load_weights(self.model, state["model"], source)
         load_optimizer_state(self.optimizer, state["optimizer"])
+        if self.ema:
+            load_weights(self.ema.module, state["ema"], source)
+            self.ema.n_averaged.fill_(before.step)  # what is 0 is overwritten by the next weights
+        if "scaler" in state and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         before.conditions = now.conditions
         self.progress = before
 
@@ -221,9 +239,13 @@ class Trainer:
             with self.timer.phase("compute"), contextlib.nullcontext() if position == last else self.ddp.no_sync():
                 self.forward_backward(micro_batch, batch.num_images, is_last=position == last)
         with self.timer.phase("optimizer"):
+            self.scaler.unscale_(self.optimizer)
             if self.config.train.clip_norm is not None:
                 self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.ema:
+                self.ema.update_parameters(self.model)
         self.progress.step += 1
         self.progress.step_in_epoch += 1
         for span in (self.epoch, self.window):
@@ -237,17 +259,20 @@ class Trainer:
         self.buffers.begin_micro_batch()
         with self.autocast():
             logits = self.ddp(micro_batch.images)
-        losses = F.cross_entropy(logits.float(), micro_batch.labels, reduction="none")
+        smoothing = self.config.train.label_smoothing
+        losses = F.cross_entropy(logits.float(), micro_batch.labels, reduction="none", label_smoothing=smoothing)
         self.buffers.end_micro_batch(weight=len(losses) / step_images)
         set_buffers = self.buffers.start_reducing() if is_last else None
         # DDP divides the sum over ranks by their number, which here is in step_images already
-        (losses.sum() * (self.world.world_size / step_images)).backward()
+        loss = losses.sum() * (self.world.world_size / step_images)
+        self.scaler.scale(loss).backward()
         self.counter.add(losses.detach(), logits.detach(), micro_batch.labels)
         if set_buffers:
             set_buffers()
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not None)
 
     def log_window(self) -> None:
         """A row of scalars over the steps since the last one, or since the epoch's start."""
@@ -276,17 +301,19 @@ class Trainer:
     def evaluate(self, loader: EvalLoader, *, augmented: bool = False) -> Totals:
         """Loss and accuracy over all images of a split, each counted once, whatever the number of ranks.
 
+        Of the averaged weights, where `train.ema_decay` keeps some.
         `augmented`, for the training split: over crops and mirrors of their own, drawn for the current epoch.
         """
         augmentations = None
         if augmented:
             assert isinstance(loader, TrainLoader)
             augmentations = loader.augmentations(self.progress.epoch, purpose="augment for the training accuracy")
-        self.model.eval()
+        model = self.ema.module if self.ema else self.model
+        model.eval()
         counter = Counter(self.world.device)
         for images, labels in loader.evaluation_batches(self.world, self.config.eval.batch_size, augmentations):
             with self.autocast():
-                logits = self.model(images)
+                logits = model(images)
             counter.add(F.cross_entropy(logits.float(), labels, reduction="none"), logits, labels)
         totals = counter.reduce(self.world)
         if totals.images != len(loader):

@@ -21,14 +21,15 @@ def config_of(*arguments: str) -> Config:
     return load_config(arguments, TABLES)
 
 
-def random_split(num_images: int, seed: int = 0, classes: int = 10) -> Split:
+def random_split(num_images: int, seed: int = 0, classes: int = 10, image_size: int = 32) -> Split:
     random = torch.Generator().manual_seed(seed)
-    images = torch.randint(256, (num_images, 3, 32, 32), dtype=torch.uint8, generator=random)
+    images = torch.randint(256, (num_images, 3, image_size, image_size), dtype=torch.uint8, generator=random)
     return Split.of(images, torch.randint(classes, (num_images,), generator=random))
 
 
-def random_dataset(train: int, test: int = 8, val: int = 0) -> DataSet:
-    return DataSet(random_split(train), random_split(test, seed=1), CLASSES).hold_out(val)
+def random_dataset(train: int, test: int = 8, val: int = 0, image_size: int = 32) -> DataSet:
+    splits = random_split(train, image_size=image_size), random_split(test, seed=1, image_size=image_size)
+    return DataSet(*splits, CLASSES).hold_out(val)
 
 
 def make_trainer(

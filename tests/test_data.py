@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import config_of, random_dataset, random_split
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 from torchvision import transforms
@@ -161,30 +160,6 @@ def test_a_linear_model_stays_far_below_the_cnn_on_shapes(alone: World) -> None:
             optimizer.step()
     accuracy = (linear(test).argmax(1) == dataset.test.labels).float().mean()
     assert accuracy < 0.5
-
-
-# -- folders of images
-
-
-def test_a_folder_of_images_is_read_as_it_is(alone: World, tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    pixels = {}
-    for split in ("train", "test"):
-        for name in ("owl", "ant", "emu"):
-            folder = tmp_path / split / name
-            folder.mkdir(parents=True)
-            for i in range(3):
-                pixels[split, name, i] = random.integers(256, size=(32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels[split, name, i]).save(folder / f"{i}.png")
-        (tmp_path / split / "notes.txt").write_text("not a class")
-        (tmp_path / split / "owl" / ".DS_Store").write_text("not an image")
-    dataset = build_dataset(DataConfig(name="imagefolder", root=str(tmp_path)), alone)
-    assert dataset.classes == ("ant", "emu", "owl")
-    assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    for split, images in (("train", dataset.train.images), ("test", dataset.test.images)):
-        for index, image in enumerate(images):
-            expected = pixels[split, dataset.classes[index // 3], index % 3]
-            assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
 
 
 # -- CIFAR-10

@@ -15,6 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ddp_cifar.config import DataConfig
+from ddp_cifar.data import build_dataset
+from ddp_cifar.distributed import open_world
+from ddp_cifar.models import CNN
+
 Train = Callable[..., Any]
 TINY = (
     "data.name=shapes",
@@ -52,7 +57,7 @@ CONFIG_MISTAKES = [
     (["train.epochs="], ["train.epochs=null", "wrong type"]),
     (["train.epochs=[1, 2]"], ["train.epochs=[1, 2]", "wrong type"]),
     (["optim.step_clamp.enabled=maybe"], ["optim.step_clamp.enabled=maybe", "bool"]),
-    (["precision=fp8"], ["precision=fp8", "auto | fp32 | bf16"]),
+    (["precision=fp8"], ["precision=fp8", "auto | fp32 | tf32 | bf16 | fp16"]),
     (["device=gpu"], ["device=gpu", "auto | cpu | cuda | mps"]),
     (["optim.lr=-1"], ["optim.lr=-1.0 is out of range", "above 0"]),
     (["optim.lr=nan"], ["optim.lr=nan is out of range"]),
@@ -188,24 +193,30 @@ def spoil(root: Path, how: str) -> None:
         victim.write_bytes(victim.read_bytes()[:40])
     elif how == "not an image":
         victim.write_text("hello")
-    elif how == "other size":
-        Image.new("RGB", (40, 30)).save(victim)
-    elif how == "grey":
-        Image.new("L", (32, 32)).save(victim)
+    elif how == "one class":
+        shutil.rmtree(root / "train" / "ant")
+    elif how == "damaged cache":
+        config = DataConfig(name="imagefolder", root=str(root))
+        with open_world("cpu") as world:
+            build_dataset(config, world)
+        next((root / ".cache").glob("*/train.images")).write_bytes(b"short")
+    elif how == "cache in the way":
+        (root / ".cache").write_text("a file")
 
 
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
         ("no root", ["images/train", "does not exist"]),
-        ("no test", ["images/test", "does not exist"]),
+        ("no test", ["images/test", "does not exist", "data.val_images"]),
         ("no classes", ["images/train has no class folders"]),
         ("empty class", ["train/ant holds no images"]),
         ("strange class", ["test/cat", "without training images", "ant, bee"]),
-        ("corrupt", ["bee/05.png cannot be decoded"]),
-        ("not an image", ["bee/05.png cannot be decoded"]),
-        ("other size", ["bee/05.png is a 40 x 30 image", "32 x 32 colour"]),
-        ("grey", ["bee/05.png", "mode L"]),
+        ("corrupt", ["bee/05.png cannot be decoded", "data.on_corrupt=skip"]),
+        ("not an image", ["bee/05.png cannot be decoded (cannot identify image file)"]),
+        ("one class", ["one class folder, bee", "two classes or more"]),
+        ("damaged cache", ["damaged", "train.images has 5 bytes", "remove that folder"]),
+        ("cache in the way", ["cannot write the decoded images", "data.cache"]),
     ],
 )
 def test_a_mistake_in_a_folder_of_images(
@@ -220,6 +231,10 @@ def test_a_mistake_in_a_folder_of_images(
     ("arguments", "expected"),
     [
         (["optim.implementation=capturable"], ["capturable", "needs a GPU"]),
+        (["data.image_size=64"], ["data.image_size=64", "32 x 32"]),
+        (["precision=tf32"], ["precision=tf32", "GPU", "cpu"]),
+        (["model.init=nowhere.pt"], ["model.init=nowhere.pt does not exist"]),
+        (["model.init=docs"], ["model.init=docs has no checkpoints"]),
         (["data.val_images=64"], ["data.val_images=64", "64 training images"]),
         (["data.shapes.train_images=65", "train.micro_batch_size=16"], ["last step", "1 images", "2 micro-batches"]),
         (["data.shapes.train_images=3"], ["data.shapes.train_images=3", "10 or more"]),
@@ -340,6 +355,26 @@ def test_resume_from_weights_alone_or_from_another_model(train: Train, finished:
     del state["model"]["fc_layer.6.weight"]
     save_checkpoint(tmp_path / "none.pt", state)
     one_line(train(*arguments, f"resume={tmp_path / 'none.pt'}"), "none.pt does not fit", "fc_layer.6.weight")
+
+
+@pytest.mark.parametrize("key", ["model.init", "resume"])
+def test_the_articles_pickled_module_is_refused_with_its_conversion(train: Train, tmp_path: Path, key: str) -> None:
+    """The article saves `{"net": net.module, "epoch": epoch}`; what the line says to run makes weights that load."""
+    torch.save({"net": CNN(), "epoch": 0}, path := tmp_path / "ckpt.t7")
+    line = one_line(train(*TINY, f"run_dir={tmp_path / 'run'}", f"{key}={path}"), "pickle", "convert it")
+    command = line[line.index("torch.save(") :].replace("weights.pt", str(tmp_path / "weights.pt"))
+    exec(command, {"torch": torch})
+    outcome = train(*TINY, f"run_dir={tmp_path / 'run'}", f"model.init={tmp_path / 'weights.pt'}")
+    assert outcome.status == 0, outcome.err
+    assert "weights from" in outcome.out
+
+
+def test_init_from_what_holds_no_weights(train: Train, tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"a": 1}, tmp_path / "numbers.pt")
+    torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    for name, expected in (("list", "holds no weights"), ("numbers", "holds no weights"), ("other", "does not fit")):
+        one_line(train(*TINY, f"run_dir={tmp_path / 'run'}", f"model.init={tmp_path / name}.pt"), expected)
 
 
 def test_only_bad_checkpoints_are_refused(train: Train, finished: Path) -> None:

@@ -1,9 +1,11 @@
 """The article's network."""
 
+import pytest
 import torch
 from torch import nn
 
 from ddp_cifar.checkpoint import load_weights
+from ddp_cifar.errors import UserError
 from ddp_cifar.models.cnn import CNN
 
 # fmt: off
@@ -54,3 +56,23 @@ def test_a_state_dict_of_the_articles_module_loads_with_and_without_data_paralle
 
 def test_the_last_layer_follows_the_number_of_classes() -> None:
     assert CNN(3)(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
+def test_the_first_linear_layer_follows_the_image_size() -> None:
+    for size in (8, 20, 36, 64):
+        assert CNN(3, size)(torch.randn(2, 3, size, size)).shape == (2, 3)
+
+
+def test_weights_for_other_classes_leave_a_new_last_layer() -> None:
+    ten, three = CNN(10), CNN(3)
+    before = three.state_dict()["fc_layer.6.weight"].clone()
+    kept = load_weights(three, ten.state_dict(), "ten classes", new_head=True)
+    assert kept == ["fc_layer.6.weight", "fc_layer.6.bias"]
+    assert torch.equal(three.state_dict()["fc_layer.6.weight"], before)
+    assert torch.equal(three.state_dict()["fc_layer.3.weight"], ten.state_dict()["fc_layer.3.weight"])
+    assert load_weights(CNN(10), ten.state_dict(), "ten classes", new_head=True) == []
+
+
+def test_a_layer_before_the_last_of_another_shape_is_refused_all_the_same() -> None:
+    with pytest.raises(UserError, match=r"fc_layer\.1\.weight has shape \(1024, 4096\), expected \(1024, 16384\)"):
+        load_weights(CNN(3, 64), CNN(10, 32).state_dict(), "smaller images", new_head=True)

@@ -1,15 +1,19 @@
 """The loop: equal to the article's, equal on any number of ranks, exact in evaluation, and able to go on."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import config_of, largest_difference, make_trainer, random_dataset, random_split, without_dropout
 from ranks import RankPool
 from torch import Tensor, nn, optim
+from torch.amp.grad_scaler import GradScaler
 
 from ddp_cifar.checkpoint import digest
+from ddp_cifar.data import build_dataset
 from ddp_cifar.data.dataset import DataSet
 from ddp_cifar.distributed import World
 from ddp_cifar.models import MODELS
@@ -46,11 +50,12 @@ def test_training_gives_the_weights_of_the_articles_loop(alone: World, implement
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["default", "foreach", "fused", "capturable"])
 def test_training_on_a_gpu_gives_the_weights_of_the_articles_loop(implementation: str) -> None:
+    """But for the fused kernel's rounding of the update, which Adam carries into the sign of the smallest gradients."""
     from ddp_cifar.distributed import open_world
 
     torch.backends.cudnn.deterministic = True
     with open_world("cuda") as world:
-        equals_the_articles_loop(world, implementation, tolerance=1e-6)
+        equals_the_articles_loop(world, implementation, tolerance=1e-3 if implementation == "fused" else 1e-6)
 
 
 def equals_the_articles_loop(world: World, implementation: str, tolerance: float) -> None:
@@ -146,8 +151,8 @@ def test_1_2_and_4_ranks_see_the_same_pixels_and_compute_the_same_gradients(
 class DoubleCNN(CNN):
     """The CNN in float64."""
 
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes)
+    def __init__(self, num_classes: int, image_size: int) -> None:
+        super().__init__(num_classes, image_size)
         self.double()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -305,6 +310,125 @@ def test_the_best_checkpoint_goes_by_the_held_out_images(alone: World, tmp_path:
     best = load_checkpoint(checkpoints.folder / "best.pt")
     assert best["progress"]["results"]["val/accuracy"] == trainer.progress.best_val_accuracy
     assert len(checkpoints.paths()) <= 2, "keep=1 keeps the newest, and the best"
+
+
+# -- averaged weights, smoothed labels, fp16
+
+SHELF = (*TEN_STEPS, "train.micro_batch_size=16")
+
+
+def test_the_running_average_is_what_is_evaluated_and_saved(alone: World) -> None:
+    config = config_of(*SHELF, "train.ema_decay=0.9", "train.max_steps=3")
+    trainer = make_trainer(alone, config, random_dataset(96, test=40, image_size=8))
+    seen = []
+    trainer.optimizer.register_step_post_hook(lambda *_: seen.append(copy.deepcopy(trainer.model.state_dict())))
+    trainer.fit()
+    name = "fc_layer.6.weight"
+    average = seen[0][name]
+    for weights in seen[1:]:
+        average = 0.9 * average + 0.1 * weights[name]
+    state = trainer.state_dict()
+    assert torch.allclose(state["ema"][name], average, atol=1e-7)
+    assert torch.equal(state["model"][name], seen[-1][name])
+
+    alike = make_trainer(alone, config_of(*SHELF), random_dataset(96, test=40, image_size=8))
+    alike.model.load_state_dict(state["ema"])
+    assert alike.test is not None
+    assert trainer.test is not None
+    assert alike.evaluate(alike.test) == trainer.evaluate(trainer.test)
+    alike.model.load_state_dict(state["model"])
+    assert alike.evaluate(alike.test).loss != trainer.evaluate(trainer.test).loss
+
+
+def test_smoothed_labels_are_torchs_and_the_evaluations_are_not(alone: World) -> None:
+    config = config_of(*SHELF, "train.label_smoothing=0.2")
+    trainer = make_trainer(alone, config, random_dataset(32, image_size=8))
+    plain = make_trainer(alone, config_of(*SHELF), random_dataset(32, image_size=8))
+    assert trainer.test is not None
+    assert plain.test is not None
+    assert trainer.evaluate(trainer.test) == plain.evaluate(plain.test)
+    without_dropout(trainer.model)
+    trainer.model.train()
+    batch = next(trainer.train.steps(0))
+    loss = sum(
+        F.cross_entropy(trainer.model(micro.images), micro.labels, reduction="sum", label_smoothing=0.2).item()
+        for micro in batch
+    )
+    trainer.train_step(batch)
+    assert trainer.counter.reduce(alone).loss == pytest.approx(loss, rel=1e-4)
+
+
+def test_adamw_shrinks_weights_apart_from_the_gradient_and_is_clamped_too(alone: World) -> None:
+    adamw = ("optim.name=adamw", "optim.lr=0.01", "optim.weight_decay=0.1", "optim.step_clamp.after_epoch=0")
+    config = config_of(*SHELF, *adamw, "optim.step_clamp.limit=5", "optim.step_clamp.reset_to=3")
+    trainer = make_trainer(alone, config, random_dataset(96, image_size=8))
+    assert type(trainer.optimizer) is torch.optim.AdamW
+    trainer.fit()
+    counts = {float(state["step"]) for state in trainer.optimizer.state.values()}
+    assert counts == {4.0}, "10 updates: 1 ... 5, then 5 -> 3, 4, 5 -> 3, 4 ..."
+
+
+def test_fp16_leaves_out_an_update_that_overflowed_and_goes_on(alone: World) -> None:
+    """The first scale, 65536, is too large for this loss; the clamp's count and the weights stay where they were."""
+    config = config_of(*SHELF, "precision=fp16", "optim.name=adam", "train.max_steps=4")
+    trainer = make_trainer(alone, config, random_dataset(96, image_size=8))
+    trainer.scaler = GradScaler("cpu", init_scale=2.0**40)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.model.train()
+    steps = trainer.train.steps(0)
+    trainer.train_step(next(steps))
+    assert torch.equal(trainer.model.state_dict()["fc_layer.6.weight"], before["fc_layer.6.weight"])
+    assert trainer.scaler.get_scale() == 2.0**39
+    trainer.scaler = GradScaler("cpu", init_scale=2.0**10)
+    trainer.train_step(next(steps))
+    assert not torch.equal(trainer.model.state_dict()["fc_layer.6.weight"], before["fc_layer.6.weight"])
+    assert trainer.scaler.get_scale() == 2.0**10
+
+
+def test_fp16_gradients_are_those_of_fp32_but_for_rounding(alone: World) -> None:
+    gradients = {}
+    for precision in ("fp32", "fp16"):
+        trainer = make_trainer(alone, config_of(*SHELF, f"precision={precision}"), random_dataset(32, image_size=8))
+        without_dropout(trainer.model)
+        trainer.scaler = GradScaler("cpu", init_scale=2.0**10, enabled=precision == "fp16")
+        trainer.model.train()
+        trainer.train_step(next(trainer.train.steps(0)))
+        gradients[precision] = trainer.model.fc_layer[6].weight.grad
+    difference = (gradients["fp16"] - gradients["fp32"]).norm() / gradients["fp32"].norm()
+    assert 0 < difference < 0.01
+
+
+def shelf_goes_on(world: World) -> tuple[str, str]:
+    """As `break_and_go_on`, with all that has a state of its own."""
+    arguments = (*RESUMED, "precision=fp16", "train.ema_decay=0.9", "train.label_smoothing=0.1", "optim.name=adamw")
+    dataset = random_dataset(70, image_size=8)
+    unbroken = make_trainer(world, config_of(*arguments), dataset)
+    unbroken.fit()
+    first = make_trainer(world, config_of(*arguments, "train.max_steps=7"), dataset)
+    first.fit()
+    second = make_trainer(world, config_of(*arguments), dataset)
+    second.load_state_dict(copy.deepcopy(first.state_dict()), "the first half")
+    second.fit()
+    assert {"ema", "scaler"} <= second.state_dict().keys()
+    return digest(unbroken.state_dict()), digest(second.state_dict())
+
+
+def test_the_average_and_the_scaler_go_on_bit_for_bit(ranks: RankPool) -> None:
+    for unbroken, resumed in ranks.run(shelf_goes_on, 2):
+        assert resumed == unbroken
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_every_precision_learns_on_a_gpu(precision: str) -> None:
+    from ddp_cifar.distributed import open_world
+
+    arguments = ("train.global_batch_size=64", "train.micro_batch_size=32", "train.epochs=8", "optim.warmup_epochs=0.5")
+    with open_world("cuda") as world:
+        config = config_of(*arguments, f"precision={precision}", "data.name=shapes", "data.shapes.train_images=2000")
+        trainer = make_trainer(world, config, build_dataset(config.data, world))
+        trainer.fit()
+    assert trainer.progress.results["test/accuracy"] > 0.8
 
 
 def test_clipping_bounds_the_gradient(alone: World) -> None:

@@ -23,4 +23,9 @@ def build_dataset(config: DataConfig, world: World) -> DataSet:
         dataset = DATASETS[config.name](config, world)
     except OSError as error:
         raise UserError(f"cannot read data.root={config.root} ({error.strerror}: {error.filename})") from error
+    if dataset.train.image_size != config.image_size:
+        size = dataset.train.image_size
+        raise UserError(
+            f"data.image_size={config.image_size}, but the images of {config.name} have {size} x {size} pixels: leave it out"
+        )
     return dataset.hold_out(config.val_images)

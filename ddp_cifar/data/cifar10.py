@@ -1,18 +1,18 @@
 """CIFAR-10 by torchvision's reader: downloaded once a node, its checksum verified."""
 
 import contextlib
-import fcntl
 import http.client
-import os
 import socket
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddp_cifar.config import DataConfig
+from ddp_cifar.data.cache import only_one
 from ddp_cifar.data.dataset import DataSet, Split
 from ddp_cifar.distributed import World
 from ddp_cifar.errors import UserError
@@ -26,7 +26,7 @@ def read_cifar10(config: DataConfig, world: World) -> DataSet:
 
     def read(train: bool, download: bool) -> Any:
         try:
-            with _timeout(DOWNLOAD_TIMEOUT_S), _only_one(config.root) if download else contextlib.nullcontext():
+            with _timeout(DOWNLOAD_TIMEOUT_S):
                 return CIFAR10(config.root, train=train, download=download)
         except (OSError, RuntimeError, http.client.HTTPException, tarfile.TarError, EOFError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -35,24 +35,20 @@ def read_cifar10(config: DataConfig, world: World) -> DataSet:
                 f"cifar-10-batches-py there from a machine that has it, or train on the embedded images with data.name=shapes"
             ) from error
 
-    with world.node_first():
-        train, test = (read(train=is_train, download=world.local_rank == 0) for is_train in (True, False))
+    def download() -> None:
+        root = Path(config.root)
+        root.mkdir(parents=True, exist_ok=True)
+        with only_one(root / ".cifar10.lock"):  # nodes that share the folder take turns
+            read(train=False, download=True)
+
+    world.on_each_node(download)
+    train, test = (read(train=is_train, download=False) for is_train in (True, False))
     return DataSet(_split(train), _split(test), tuple(train.classes))
 
 
 def _split(dataset: Any) -> Split:
     images: Tensor = torch.from_numpy(dataset.data).permute(0, 3, 1, 2)
     return Split.of(images, torch.tensor(dataset.targets))
-
-
-@contextlib.contextmanager
-def _only_one(folder: str) -> Iterator[None]:
-    """Nodes that share the folder take turns: the first downloads, and the others then find the files."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".cifar10.lock"), "w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager

@@ -1,46 +1,124 @@
-"""One's own images: `ROOT/train/CLASS/*` and `ROOT/test/CLASS/*`, 32 x 32 pixels, in colour."""
+"""One's own images: `ROOT/train/CLASS/*` and `ROOT/test/CLASS/*`, of any size, in any number of classes.
 
+They are decoded once, into a folder of two raw arrays and an index, which the ranks of a node share by memory map. The
+folder's name has a hash of what it was made from (each file's name, size and time, and the settings), so that any change
+makes another one.
+"""
+
+import hashlib
+import itertools
 import os
-from collections.abc import Sequence
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from ddp_cifar.config import DataConfig
+from ddp_cifar.data.cache import make_once
 from ddp_cifar.data.dataset import DataSet, Split
+from ddp_cifar.data.decode import SUFFIXES, DecodeError, decode
 from ddp_cifar.distributed import World
 from ddp_cifar.errors import UserError
+from ddp_cifar.log import log
 
-SIZE = 32  # pixels; what the network takes
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif"}
+FORMAT = 1  # of the cache; another number makes other folders
+CHUNK = 64  # files that a thread decodes at a time
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    path: Path
+    label: int
+    size: int
+    """Bytes."""
+    time_ns: int
+    """Of the last change."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The files under data.root."""
+
+    classes: tuple[str, ...]
+    splits: dict[str, list[ImageFile]]
 
 
 def read_imagefolder(config: DataConfig, world: World) -> DataSet:
-    """Decode every image under `config.root` into memory, on all cores of this rank; classes are the folders' names.
+    """The images under `config.root`, decoded by one process a node if they are not yet; classes are the folders' names.
 
-    Raises `UserError` for a missing folder, classes that differ between train and test, and a file that is not a
-    32 x 32 colour image.
+    Raises `UserError` for a missing folder, classes that differ between train and test, a file that cannot be decoded
+    (unless config.on_corrupt is skip), and a cache that cannot be written or is damaged.
     """
+    folder = world.on_each_node(lambda: _decoded_folder(config))
+    try:
+        index = np.load(folder / "index.npz", allow_pickle=False)
+        skipped = [str(line) for line in index["skipped"]]
+        classes = tuple(str(name) for name in index["classes"])
+        splits = {name: _open_split(folder, name, index[name], config.image_size) for name in index["splits"]}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"the decoded images in {folder} are damaged ({error}): remove that folder") from error
+    if skipped and world.is_main:
+        log.warning(f"{len(skipped)} files are left out (data.on_corrupt=skip): {'; '.join(skipped[:3])}")
+    return DataSet(splits["train"], splits.get("test"), classes)
+
+
+def _decoded_folder(config: DataConfig) -> Path:
+    """The cache's folder, made if need be."""
     root = Path(config.root)
-    folders = {name: _class_folders(root / name) for name in ("train", "test")}
-    classes = tuple(folder.name for folder in folders["train"])
-    for folder in folders["test"]:
+    tree = _scan(root, needs_test=config.val_images == 0)
+    cache = root / ".cache" if config.cache == "auto" else Path(config.cache)
+    folder = cache / f"imagefolder-{config.image_size}px-{_fingerprint(tree, root, config)}"
+    try:
+        make_once(folder, lambda temporary: _decode_tree(tree, config, temporary))
+    except OSError as error:
+        raise UserError(
+            f"cannot write the decoded images to {cache} ({error.strerror}): set data.cache to a folder with room for them"
+        ) from error
+    return folder
+
+
+def _open_split(folder: Path, name: str, labels: "np.typing.NDArray[np.int64]", image_size: int) -> Split:
+    path = folder / f"{name}.images"
+    num_bytes = len(labels) * image_size * image_size * 3
+    if path.stat().st_size != num_bytes:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, expected {num_bytes}")
+    # mapped, private: nobody writes, so all ranks of a node see the same pages of memory
+    pixels: Tensor = torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
+    images = pixels.view(len(labels), image_size, image_size, 3).permute(0, 3, 1, 2)
+    return Split.of(images, torch.from_numpy(labels))
+
+
+# -- the files
+
+
+def _scan(root: Path, needs_test: bool) -> Tree:
+    splits = {"train": _class_folders(root / "train", "")}
+    if needs_test or (root / "test").is_dir():
+        way_out = ", or hold some training images out to evaluate on instead, with data.val_images"
+        splits["test"] = _class_folders(root / "test", way_out)
+    classes = tuple(folder.name for folder in splits["train"])
+    if len(classes) < 2:
+        raise UserError(
+            f"{root / 'train'} has one class folder, {classes[0]}: expected train/CLASS/*, two classes or more"
+        )
+    for folder in splits.get("test", []):
         if folder.name not in classes:
             raise UserError(f"{folder} is a class without training images: expected one of {', '.join(classes)}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(max(1, cores // world.local_world_size)) as pool:
-        splits = {name: _read_split(folders[name], classes, pool) for name in folders}
-    return DataSet(splits["train"], splits["test"], classes)
+    return Tree(classes, {name: list(_files(folders, classes)) for name, folders in splits.items()})
 
 
-def _class_folders(folder: Path) -> list[Path]:
+def _class_folders(folder: Path, way_out: str) -> list[Path]:
     if not folder.is_dir():
         raise UserError(
-            f"data.root needs the folder {folder}, which does not exist: expected train/CLASS/* and test/CLASS/* under it"
+            f"data.root needs the folder {folder}, which does not exist: expected train/CLASS/* and test/CLASS/* under "
+            f"it{way_out}"
         )
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
@@ -48,39 +126,90 @@ def _class_folders(folder: Path) -> list[Path]:
     return folders
 
 
-def _read_split(folders: Sequence[Path], classes: Sequence[str], pool: ThreadPoolExecutor) -> Split:
-    paths, labels = [], []
+def _files(folders: Sequence[Path], classes: Sequence[str]) -> Iterator[ImageFile]:
+    """The images of each class folder, by name."""
     for folder in folders:
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-        if not found:
-            raise UserError(f"{folder} holds no images: expected files ending in {', '.join(sorted(SUFFIXES))}")
-        paths += found
-        labels += [classes.index(folder.name)] * len(found)
-    images = torch.empty(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)
-
-    def decode_into(index: int) -> str | None:
-        decoded = _decode(paths[index])
-        if isinstance(decoded, str):
-            return decoded
-        images[index] = decoded
-        return None
-
-    mistakes = [mistake for mistake in pool.map(decode_into, range(len(paths))) if mistake]
-    if mistakes:
-        more = f" (and {len(mistakes) - 1} more such files)" if len(mistakes) > 1 else ""
-        raise UserError(f"{mistakes[0]}{more}: expected {SIZE} x {SIZE} colour images; mend or remove them")
-    return Split.of(images, torch.tensor(labels))
+        entries = sorted((entry for entry in os.scandir(folder) if entry.name[0] != "."), key=lambda entry: entry.name)
+        images = [entry for entry in entries if Path(entry.name).suffix.lower() in SUFFIXES]
+        endings = ", ".join(sorted(SUFFIXES))
+        if not images:
+            raise UserError(f"{folder} holds no images: expected files ending in {endings}, not in folders of its own")
+        if len(images) < len(entries):
+            other = next(entry.name for entry in entries if entry not in images)
+            log.warning(f"{folder} holds {len(entries) - len(images)} that are no images ({other}): left out")
+        for entry in images:
+            stat = entry.stat()
+            yield ImageFile(Path(entry.path), classes.index(folder.name), stat.st_size, stat.st_mtime_ns)
 
 
-def _decode(path: Path) -> Tensor | str:
-    """(3, 32, 32) uint8, or what is wrong with the file."""
+def _fingerprint(tree: Tree, root: Path, config: DataConfig) -> str:
+    """A hash of all that the decoded images depend on."""
+    sha = hashlib.sha256(f"{FORMAT} {config.image_size} {config.on_corrupt} {tree.classes}".encode())
+    for name, files in tree.splits.items():
+        for file in files:
+            sha.update(
+                f"{name} {file.path.relative_to(root)}\0{file.size} {file.time_ns}\n".encode(errors="surrogateescape")
+            )
+    return sha.hexdigest()[:16]
+
+
+# -- decoding
+
+
+def _decode_tree(tree: Tree, config: DataConfig, folder: Path) -> None:
+    """Write `train.images`, `test.images` ((N, S, S, 3) bytes each) and `index.npz` into `folder`."""
+    started = time.perf_counter()
+    num_files = sum(len(files) for files in tree.splits.values())
+    log.info(f"decoding {num_files} files under {config.root}, once, into {folder.parent}")
+    problems: list[str] = []
+    index: dict[str, object] = {"classes": list(tree.classes), "splits": list(tree.splits)}
+    with tqdm(total=num_files, desc="decoding", unit="file", leave=False, disable=None) as bar:
+        for name, files in tree.splits.items():
+            labels = []
+            with open(folder / f"{name}.images", "wb") as output:
+                for file, decoded in zip(files, _decode_all(files, config.image_size), strict=True):
+                    bar.update()
+                    if isinstance(decoded, bytes):
+                        output.write(decoded)
+                        labels.append(file.label)
+                    else:
+                        problems.append(f"{file.path} cannot be decoded ({decoded})")
+            index[name] = np.array(labels, dtype=np.int64)
+            if problems and config.on_corrupt == "skip":
+                _check_classes(name, labels, tree.classes)
+    if problems and config.on_corrupt == "refuse":
+        more = f" (and {len(problems) - 1} more such files)" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0]}{more}: mend or remove them, or leave them out with data.on_corrupt=skip")
+    np.savez(folder / "index.npz", skipped=np.array(problems, dtype=np.str_), **index)  # type: ignore[arg-type]
+    log.info(f"decoded in {time.perf_counter() - started:.1f} s")
+
+
+def _decode_all(files: Sequence[ImageFile], image_size: int) -> Iterator[bytes | DecodeError]:
+    """The pixels of each file in order, or what is wrong with it, on all cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def decode_chunk(chunk: Sequence[ImageFile]) -> list[bytes | DecodeError]:
+        return [_try_decode(file.path, image_size) for file in chunk]
+
+    pool = ThreadPoolExecutor(cores)
     try:
-        with Image.open(path) as image:
-            if image.size != (SIZE, SIZE) or image.mode != "RGB":
-                width, height = image.size
-                return f"{path} is a {width} x {height} image of mode {image.mode}"
-            pixels = np.array(image)
-    except Exception as error:  # a decoder may raise anything for a broken file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"{path} cannot be decoded ({reason})"
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
+        yield from itertools.chain.from_iterable(pool.map(decode_chunk, chunks))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C nobody waits for the rest
+
+
+def _try_decode(path: Path, image_size: int) -> bytes | DecodeError:
+    try:
+        return decode(path, image_size).tobytes()
+    except DecodeError as error:
+        return error
+
+
+def _check_classes(split: str, labels: Sequence[int], classes: Sequence[str]) -> None:
+    left = {classes[label] for label in labels}
+    for name in classes if split == "train" else ():
+        if name not in left:
+            raise UserError(f"none of the files of {split}/{name} can be decoded: mend them, or remove the folder")
+    if not labels:
+        raise UserError(f"none of the files of {split} can be decoded: mend them")

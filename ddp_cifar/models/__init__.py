@@ -6,5 +6,5 @@ from torch import nn
 
 from ddp_cifar.models.cnn import CNN
 
-MODELS: dict[str, Callable[[int], nn.Module]] = {"cnn": CNN}
-"""Name -> function of the number of classes."""
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {"cnn": CNN}
+"""Name -> function of the number of classes and the images' height and width in pixels."""

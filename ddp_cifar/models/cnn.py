@@ -8,19 +8,22 @@ from torch import Tensor, nn
 
 
 class CNN(nn.Module):
-    """(B, 3, 32, 32) float images -> (B, num_classes) logits; 5,852,170 parameters for ten classes."""
+    """(B, 3, S, S) float images -> (B, num_classes) logits; 5,852,170 parameters for ten classes and 32 x 32 pixels.
 
-    def __init__(self, num_classes: int = 10) -> None:
+    Other image sizes (8 and up) change the first linear layer, which takes 256 x (S // 8) x (S // 8) numbers.
+    """
+
+    def __init__(self, num_classes: int = 10, image_size: int = 32) -> None:
         super().__init__()
         self.conv_layer = nn.Sequential(
-            *_block(3, 32, 64),  # -> (B, 64, 16, 16)
+            *_block(3, 32, 64),  # -> (B, 64, 16, 16) from 32 x 32
             *_block(64, 128, 128),  # -> (B, 128, 8, 8)
             nn.Dropout2d(p=0.05),
             *_block(128, 256, 256),  # -> (B, 256, 4, 4)
         )
         self.fc_layer = nn.Sequential(
             nn.Dropout(p=0.1),
-            nn.Linear(256 * 4 * 4, 1024),
+            nn.Linear(256 * (image_size // 8) ** 2, 1024),
             nn.ReLU(inplace=True),
             nn.Linear(1024, 512),
             nn.ReLU(inplace=True),
