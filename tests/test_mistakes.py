@@ -70,7 +70,7 @@ CONFIG_MISTAKES = [
     (["run_dir="], ["run_dir=''"]),
     (["data.name=imagenet"], ["data.name=imagenet", "cifar10, imagefolder, shapes"]),
     (["model.name=vgg"], ["model.name=vgg", "cnn"]),
-    (["optim.name=adamw"], ["optim.name=adamw", "adam, sgd"]),
+    (["optim.name=lion"], ["optim.name=lion", "adam, adamw, sgd"]),
     (["train.global_batch_size=100"], ["train.global_batch_size=100", "train.micro_batch_size=64", "64 or 128"]),
     (["nowhere.yaml"], ["nowhere.yaml", "No such file"]),
     (["configs"], ["configs", "Is a directory"]),
