@@ -130,13 +130,16 @@ def _files(folders: Sequence[Path], classes: Sequence[str]) -> Iterator[ImageFil
     """The images of each class folder, by name."""
     for folder in folders:
         entries = sorted((entry for entry in os.scandir(folder) if entry.name[0] != "."), key=lambda entry: entry.name)
-        images = [entry for entry in entries if Path(entry.name).suffix.lower() in SUFFIXES]
-        endings = ", ".join(sorted(SUFFIXES))
+        images, others = [], []
+        for entry in entries:
+            (images if os.path.splitext(entry.name)[1].lower() in SUFFIXES else others).append(entry)
         if not images:
-            raise UserError(f"{folder} holds no images: expected files ending in {endings}, not in folders of its own")
-        if len(images) < len(entries):
-            other = next(entry.name for entry in entries if entry not in images)
-            log.warning(f"{folder} holds {len(entries) - len(images)} that are no images ({other}): left out")
+            endings = ", ".join(sorted(SUFFIXES))
+            raise UserError(f"{folder} holds no images: expected files ending in {endings}, in this folder itself")
+        if others:
+            log.warning(
+                f"{folder} holds {len(others)} that are no images by their names, such as {others[0].name}: left out"
+            )
         for entry in images:
             stat = entry.stat()
             yield ImageFile(Path(entry.path), classes.index(folder.name), stat.st_size, stat.st_mtime_ns)
