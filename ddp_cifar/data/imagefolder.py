@@ -130,7 +130,8 @@ def _files(folders: Sequence[Path], classes: Sequence[str]) -> Iterator[ImageFil
     """The images of each class folder, by name."""
     for folder in folders:
         entries = sorted((entry for entry in os.scandir(folder) if entry.name[0] != "."), key=lambda entry: entry.name)
-        images, others = [], []
+        images: list[os.DirEntry[str]] = []
+        others: list[os.DirEntry[str]] = []
         for entry in entries:
             (images if os.path.splitext(entry.name)[1].lower() in SUFFIXES else others).append(entry)
         if not images:
