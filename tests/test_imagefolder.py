@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torchvision import transforms
 
 from ddp_cifar.config import DataConfig
 from ddp_cifar.data import build_dataset
-from ddp_cifar.data.decode import DecodeError, decode
+from ddp_cifar.data.decode import DecodeError, decode, decode_all
 from ddp_cifar.data.imagefolder import FORMAT
 from ddp_cifar.distributed import World
 from ddp_cifar.errors import UserError
@@ -155,6 +156,26 @@ def test_floating_point_numbers_are_refused(tmp_path: Path) -> None:
         decode(path, 32)
 
 
+def test_several_processes_give_what_one_gives_in_order(tmp_path: Path) -> None:
+    root = write_tree(tmp_path, per_class=60)
+    (root / "train" / "bee" / "7.png").write_bytes(b"no image")
+    paths = sorted((root / "train").glob("*/*.png"))
+    alone = list(decode_all(paths, 32, num_workers=1))
+    assert list(decode_all(paths, 32, num_workers=3)) == alone
+    assert [type(decoded) for decoded in alone].count(str) == 1
+
+
+def test_a_worker_that_is_killed_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
+    paths = sorted((write_tree(tmp_path, per_class=100, size=(100, 100)) / "train").glob("*/*.png"))
+    decoded = decode_all(paths, 32, num_workers=2)
+    next(decoded)
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        if "decode.py" in Path(f"/proc/{child}/cmdline").read_text():
+            os.kill(int(child), signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"a process that decoded .*png ended"):
+        list(decoded)
+
+
 # -- a tree
 
 
@@ -238,7 +259,7 @@ def test_a_class_without_a_good_file_is_refused_even_so(alone: World, tmp_path: 
 def test_images_are_decoded_once(alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_tree(tmp_path)
     first = build_dataset(config_for(root), alone)
-    monkeypatch.setattr("ddp_cifar.data.imagefolder.decode", None)  # a call would raise
+    monkeypatch.setattr("ddp_cifar.data.imagefolder.decode_all", None)  # a call would raise
     again = build_dataset(config_for(root), alone)
     assert torch.equal(first.train.images, again.train.images)
     assert first.describe() == again.describe()
@@ -334,7 +355,7 @@ def test_two_starts_at_once_make_one_cache(tmp_path: Path) -> None:
 
 
 def test_a_start_that_is_killed_leaves_nothing_that_another_would_take(alone: World, tmp_path: Path) -> None:
-    root = write_tree(tmp_path, per_class=400, size=(200, 200))
+    root = write_tree(tmp_path, per_class=400)
     process = subprocess.Popen([*PREPARE, f"data.root={root}"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:

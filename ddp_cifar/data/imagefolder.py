@@ -6,12 +6,10 @@ makes another one.
 """
 
 import hashlib
-import itertools
 import os
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +21,12 @@ from tqdm import tqdm
 from ddp_cifar.config import DataConfig
 from ddp_cifar.data.cache import make_once
 from ddp_cifar.data.dataset import DataSet, Split
-from ddp_cifar.data.decode import SUFFIXES, DecodeError, decode
+from ddp_cifar.data.decode import SUFFIXES, decode_all
 from ddp_cifar.distributed import World
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
 
 FORMAT = 1  # of the cache; another number makes other folders
-CHUNK = 64  # files that a thread decodes at a time
 
 
 @dataclass(frozen=True)
@@ -165,13 +162,15 @@ def _decode_tree(tree: Tree, config: DataConfig, folder: Path) -> None:
     started = time.perf_counter()
     num_files = sum(len(files) for files in tree.splits.values())
     log.info(f"decoding {num_files} files under {config.root}, once, into {folder.parent}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     problems: list[str] = []
     index: dict[str, object] = {"classes": list(tree.classes), "splits": list(tree.splits)}
     with tqdm(total=num_files, desc="decoding", unit="file", leave=False, disable=None) as bar:
         for name, files in tree.splits.items():
             labels = []
+            pixels = decode_all([file.path for file in files], config.image_size, cores)
             with open(folder / f"{name}.images", "wb") as output:
-                for file, decoded in zip(files, _decode_all(files, config.image_size), strict=True):
+                for file, decoded in zip(files, pixels, strict=True):
                     bar.update()
                     if isinstance(decoded, bytes):
                         output.write(decoded)
@@ -186,28 +185,6 @@ def _decode_tree(tree: Tree, config: DataConfig, folder: Path) -> None:
         raise UserError(f"{problems[0]}{more}: mend or remove them, or leave them out with data.on_corrupt=skip")
     np.savez(folder / "index.npz", skipped=np.array(problems, dtype=np.str_), **index)  # type: ignore[arg-type]
     log.info(f"decoded in {time.perf_counter() - started:.1f} s")
-
-
-def _decode_all(files: Sequence[ImageFile], image_size: int) -> Iterator[bytes | DecodeError]:
-    """The pixels of each file in order, or what is wrong with it, on all cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-    def decode_chunk(chunk: Sequence[ImageFile]) -> list[bytes | DecodeError]:
-        return [_try_decode(file.path, image_size) for file in chunk]
-
-    pool = ThreadPoolExecutor(cores)
-    try:
-        chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
-        yield from itertools.chain.from_iterable(pool.map(decode_chunk, chunks))
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C nobody waits for the rest
-
-
-def _try_decode(path: Path, image_size: int) -> bytes | DecodeError:
-    try:
-        return decode(path, image_size).tobytes()
-    except DecodeError as error:
-        return error
 
 
 def _check_classes(split: str, labels: Sequence[int], classes: Sequence[str]) -> None:
