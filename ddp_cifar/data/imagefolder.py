@@ -135,9 +135,7 @@ def _files(folders: Sequence[Path], classes: Sequence[str]) -> Iterator[ImageFil
             endings = ", ".join(sorted(SUFFIXES))
             raise UserError(f"{folder} holds no images: expected files ending in {endings}, in this folder itself")
         if others:
-            log.warning(
-                f"{folder} holds {len(others)} that are no images by their names, such as {others[0].name}: left out"
-            )
+            log.warning(f"left out of {folder}: {len(others)} whose names are not an image's, such as {others[0].name}")
         for entry in images:
             stat = entry.stat()
             yield ImageFile(Path(entry.path), classes.index(folder.name), stat.st_size, stat.st_mtime_ns)

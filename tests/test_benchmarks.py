@@ -1,0 +1,47 @@
+"""The benchmarks run, and write what they print. Their figures are in docs/performance.md; these runs are too short for any."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Shell = Callable[..., Any]
+
+
+@pytest.mark.slow
+def test_the_speed_benchmark_compares_with_the_best_plain_ddp_and_the_ceiling(shell: Shell, tmp_path: Path) -> None:
+    options = ("--rounds", "2", "--steps", "1", "--batch", "8", "--json", str(tmp_path / "speed.json"))
+    done = shell("torchrun", "--standalone", "--nproc_per_node=2", "benchmarks/speed.py", *options, timeout=300)
+    assert done.status == 0, done.err
+    results = json.loads((tmp_path / "speed.json").read_text())
+    rates = results["images_per_s"]
+    assert set(rates) == {f"plain DDP, workers={w}" for w in (0, 1, 2)} | {"ddp_cifar", "ceiling"}
+    assert all(len(values) == 2 and min(values) > 0 for values in rates.values())
+    assert [comparison["target"] for comparison in results["comparisons"]] == [2.1, 0.9]
+    assert "| ddp_cifar / ceiling |" in done.out
+
+
+@pytest.mark.slow
+def test_the_data_path_benchmark_compares_with_one_worker(shell: Shell, tmp_path: Path) -> None:
+    options = ("--rounds", "1", "--images", "512", "--json", str(tmp_path / "data.json"))
+    done = shell(sys.executable, "benchmarks/data_path.py", *options, timeout=300)
+    assert done.status == 0, done.err
+    assert json.loads((tmp_path / "data.json").read_text())["comparisons"][0]["reference"] == "DataLoader, workers=1"
+
+
+def test_the_articles_plot_and_table_come_from_metrics(shell: Shell, tmp_path: Path) -> None:
+    rows = [
+        {"step": 391 * n, "train/epoch": n, "train/epoch_loss": 1.5 / n, "train/accuracy": 0.5, "test/accuracy": 0.5}
+        for n in (1, 2)
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [{"step": 1, "train/loss": 2.0}, *rows])
+    )
+    arguments = (str(tmp_path / "metrics.jsonl"), str(tmp_path / "curves.png"))
+    done = shell(sys.executable, "docs/article/plot.py", *arguments)
+    assert done.status == 0, done.err
+    assert "| 2 | 0.750 | 50.0 % | 50.0 % | 1.068 | 65.8 % | 65.7 % |" in done.out
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
