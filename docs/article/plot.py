@@ -89,7 +89,8 @@ def markdown(ours: dict[int, Epoch], article: dict[int, Epoch], shown: Sequence[
 def main(metrics: Path, picture: Path) -> None:
     ours, article = read_metrics(metrics), read_article()
     plot(ours, article, picture)
-    print(markdown(ours, article, [1, 2, 3, 4, 5, 10, 15, 16, 17, 18, 19, 20, 25, 30, 35, 40, 45, 50]))
+    shown = {1, 2, 3, 4, 5, 10, 15, 16, 17, 18, 19, 20, 25, 30, 35, 40, 45, max(ours)}
+    print(markdown(ours, article, sorted(shown)))
 
 
 if __name__ == "__main__":
