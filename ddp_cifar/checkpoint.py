@@ -95,10 +95,15 @@ def load_checkpoint(path: Path) -> State:
             f"{path} is not a checkpoint of a run: it has no {missing[0]}, expected {', '.join(PARTS)}; "
             f"weights alone can be a new run's start, with model.init={path}"
         )
+    _verify(path, state)
+    return state  # type: ignore[no-any-return]
+
+
+def _verify(path: Path, state: State) -> None:
+    """Take the digest out of a checkpoint and raise `UserError` if it is not that of the rest."""
     expected = state.pop("digest")
     if digest(state) != expected:
         raise UserError(f"{path} is damaged: its content does not match its checksum; use an older checkpoint")
-    return state  # type: ignore[no-any-return]
 
 
 def load_init(init: str) -> Mapping[str, Tensor]:
@@ -114,10 +119,12 @@ def load_init(init: str) -> Mapping[str, Tensor]:
         content = _read(path)
     else:
         raise UserError(f"model.init={path} does not exist: expected random, a checkpoint, a run_dir or a state dict")
-    if isinstance(content, Mapping) and "digest" in content:
-        content = load_checkpoint(path)
+    if isinstance(content, dict) and "digest" in content:
+        _verify(path, content)
     weights: Any = content.get("ema", content.get("model", content)) if isinstance(content, Mapping) else None
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    ):
         raise UserError(f"model.init={path} holds no weights: expected a checkpoint of ours, or a saved state dict")
     return weights
 
@@ -285,7 +292,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str, *
         if weights[name].shape != own[name].shape:
             raise UserError(
                 f"{source} does not fit the model: {name} has shape {tuple(weights[name].shape)}, "
-                f"expected {tuple(own[name].shape)}; check model.name and the number of classes"
+                f"expected {tuple(own[name].shape)}; check model.name, data.image_size and the number of classes"
             )
     model.load_state_dict(weights)
     return kept

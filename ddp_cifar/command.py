@@ -53,4 +53,5 @@ def _record(message: str, details: str) -> None:
         path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
         extra = {"py_callstack": details, "timestamp": str(int(time.time()))}
         path.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
-        path.with_suffix(".txt").write_text(f"[rank {os.environ.get('RANK')}] error: {message}\n")
+        line = f"[rank {os.environ.get('RANK')}] error: {message}\n"
+        path.with_suffix(".txt").write_text(line, errors="backslashreplace")

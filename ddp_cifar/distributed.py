@@ -6,6 +6,7 @@ A world of one is a world: without torchrun a one-process group is opened, and n
 import contextlib
 import inspect
 import os
+import pickle
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class World:
             try:
                 outcome[0] = function()
             except Exception as error:
-                outcome[1] = error
+                outcome[1] = _portable(error)
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise outcome[1]
@@ -96,7 +97,7 @@ class World:
             try:
                 outcome[0] = function()
             except Exception as error:
-                outcome[1] = error
+                outcome[1] = _portable(error)
         outcomes: list[Any] = [None] * self.world_size
         patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
         dist.all_gather_object(outcomes, outcome, group=patient)
@@ -197,6 +198,15 @@ def bf16_is_native(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return False
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or its text if it cannot be sent: a rank that failed at sending it would leave the others waiting."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(repr(error))
+    return error
 
 
 def _from_environment(name: str, default: int) -> int:

@@ -25,7 +25,7 @@ def set_up_logging(rank: int, world_size: int) -> None:
 def log_to_file(path: Path, rank: int, world_size: int) -> None:
     """Append this rank's lines, info included, to a file as well. Raises `UserError` if it cannot be written."""
     try:
-        handler = logging.FileHandler(path)
+        handler = logging.FileHandler(path, errors="backslashreplace")  # file names need not be UTF-8
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): choose another run_dir") from error
     handler.setFormatter(_formatter(rank, world_size))

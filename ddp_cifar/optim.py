@@ -25,7 +25,7 @@ def _adamw(parameters: Parameters, config: OptimConfig, implementation: Implemen
 
 
 def _sgd(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
-    return SGD(
+    optimizer = SGD(
         parameters,
         lr=config.lr,
         momentum=config.momentum,
@@ -33,6 +33,11 @@ def _sgd(parameters: Parameters, config: OptimConfig, implementation: Implementa
         weight_decay=config.weight_decay,
         **{name: on for name, on in implementation.items() if name != "capturable"},
     )
+    if config.momentum > 0:
+        # the same as none yet; the fused kernel would leave them uninitialised if fp16 skips the first update
+        for parameter in optimizer.param_groups[0]["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 OPTIMIZERS: dict[str, Callable[[Parameters, OptimConfig, Implementation], Optimizer]] = {

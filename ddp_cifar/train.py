@@ -145,8 +145,9 @@ def pick_precision(precision: str, world: World) -> str:
     """
     device = world.device
     if precision == "tf32" and not (device.type == "cuda" and bf16_is_native(device)):
+        found = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(
-            f"precision=tf32 needs a GPU of NVIDIA's Ampere generation or later, found {device.type}: use auto"
+            f"precision=tf32 needs an NVIDIA GPU of the Ampere generation or later, found {found}: use auto"
         )
     if precision == "fp16" and device.type == "mps":
         raise UserError("precision=fp16 needs device cuda or cpu, found mps: use auto")

@@ -246,6 +246,9 @@ class Trainer:
             self.scaler.update()
             if self.ema:
                 self.ema.update_parameters(self.model)
+                for average, buffer in zip(self.ema.module.buffers(), self.model.buffers(), strict=True):
+                    if not buffer.is_floating_point():
+                        average.copy_(buffer)  # a count has no average
         self.progress.step += 1
         self.progress.step_in_epoch += 1
         for span in (self.epoch, self.window):

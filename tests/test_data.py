@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import config_of, random_dataset, random_split
+from ranks import RankPool
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 from torchvision import transforms
 
-from ddp_cifar.config import DataConfig, TrainConfig
+from ddp_cifar.config import DataConfig, ShapesConfig, TrainConfig
 from ddp_cifar.data import build_dataset
 from ddp_cifar.data.augment import MEAN, STD, augment, draw_augmentations, normalize
 from ddp_cifar.data.dataset import DataSet
@@ -20,6 +21,7 @@ from ddp_cifar.data.loader import EvalLoader
 from ddp_cifar.data.sampler import StepSampler, plan_batches
 from ddp_cifar.data.shapes import FORMS
 from ddp_cifar.distributed import World
+from ddp_cifar.errors import UserError
 
 # -- order
 
@@ -195,3 +197,52 @@ def test_cifar10_is_read_from_disk_by_torchvision(
     assert dataset.test.labels.tolist() == [0, 3, 9, 1]
     pixels = torch.from_numpy(np.array(first["data"])).view(4, 3, 32, 32)
     assert torch.equal(dataset.test.images, pixels)
+
+
+# -- several ranks
+
+
+def test_splits_share_one_tensor_of_images_on_a_device() -> None:
+    dataset = random_dataset(40, val=10).to(torch.device("meta"))
+    assert dataset.val is not None
+    assert dataset.train.images is dataset.val.images
+
+
+def test_ranks_that_read_other_data_each_do_not_start(ranks: RankPool) -> None:
+    """As where data.root is a disk of each node's own."""
+    messages = ranks.run(read_by_rank, 2, [100, 200])
+    assert all("the ranks do not read the same data: rank 0 has 100 train" in message for message in messages)
+    assert "rank 1 on" in messages[1]
+    assert "has 200 train" in messages[1]
+    assert ranks.run(read_by_rank, 2, [100, 100]) == ["", ""]
+
+
+def read_by_rank(world: World, train_images: list[int]) -> str:
+    shapes = ShapesConfig(train_images=train_images[world.rank], test_images=10)
+    try:
+        build_dataset(DataConfig(name="shapes", shapes=shapes), world)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+class Unsendable(Exception):
+    def __init__(self) -> None:
+        self.function = lambda: None
+
+
+def test_an_error_that_cannot_be_sent_is_raised_on_every_rank_all_the_same(ranks: RankPool) -> None:
+    assert ranks.run(fail_on_the_first, 2) == [["Unsendable()"] * 2] * 2
+
+
+def fail_on_the_first(world: World) -> list[str]:
+    def fail() -> None:
+        raise Unsendable
+
+    messages = []
+    for together in (world.on_main, world.on_each_node):
+        try:
+            together(fail)
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torchvision import transforms
 
 from ddp_cifar.config import DataConfig
 from ddp_cifar.data import build_dataset
+from ddp_cifar.data.cache import make_once
 from ddp_cifar.data.decode import DecodeError, decode, decode_all
 from ddp_cifar.data.imagefolder import FORMAT
 from ddp_cifar.distributed import World
@@ -150,10 +152,16 @@ def test_a_large_jpeg_is_as_good_from_a_reduced_decoding(tmp_path: Path) -> None
     assert difference.mean() <= 2
 
 
-def test_floating_point_numbers_are_refused(tmp_path: Path) -> None:
-    Image.new("F", (32, 32), 0.5).save(path := tmp_path / "image.tif")
-    with pytest.raises(DecodeError, match="floating-point"):
+@pytest.mark.parametrize(("mode", "value"), [("F", 0.5), ("I", 200_000)])
+def test_numbers_of_an_unknown_range_are_refused(tmp_path: Path, mode: str, value: float) -> None:
+    Image.new(mode, (32, 32), value).save(path := tmp_path / "image.tif")
+    with pytest.raises(DecodeError, match="32 bits, whose range is not known"):
         decode(path, 32)
+
+
+def test_an_image_may_be_larger_than_what_pillow_takes_for_an_attack(tmp_path: Path) -> None:
+    Image.new("L", (14_000, 13_000), 128).save(path := tmp_path / "image.jpg")
+    assert corners_of(path) == ([128] * 3, [128] * 3)
 
 
 def test_several_processes_give_what_one_gives_in_order(tmp_path: Path) -> None:
@@ -251,6 +259,47 @@ def test_a_class_without_a_good_file_is_refused_even_so(alone: World, tmp_path: 
     (root / "train" / "bee" / "0.png").write_bytes(b"")
     with pytest.raises(UserError, match="none of the files of train/bee"):
         build_dataset(config_for(root, on_corrupt="skip"), alone)
+
+
+def test_a_link_to_nowhere_is_as_a_corrupt_file(alone: World, tmp_path: Path) -> None:
+    root = write_tree(tmp_path)
+    (root / "train" / "bee" / "7.png").symlink_to("nowhere.png")
+    with pytest.raises(UserError, match=r"bee/7\.png cannot be decoded \(.*No such file or directory\)"):
+        build_dataset(config_for(root), alone)
+    assert len(build_dataset(config_for(root, on_corrupt="skip"), alone).train) == 12
+
+
+@pytest.mark.parametrize("num_files", [4, 100])  # decoded by this process, and by others
+def test_a_file_that_cannot_be_read_is_not_skipped(alone: World, tmp_path: Path, num_files: int) -> None:
+    root = write_tree(tmp_path, per_class=num_files)
+    (root / "train" / "bee" / "7.jpg").mkdir()  # even root cannot read it
+    with pytest.raises(UserError, match=r"bee/7\.jpg cannot be read \(Is a directory\)"):
+        build_dataset(config_for(root, on_corrupt="skip"), alone)
+    assert entries(root) == []
+
+
+def test_a_class_folder_that_leads_nowhere_is_refused(alone: World, tmp_path: Path) -> None:
+    root = write_tree(tmp_path)
+    (root / "train" / "dog").symlink_to("/not/mounted")
+    with pytest.raises(UserError, match="train/dog is a link to /not/mounted, which does not exist"):
+        build_dataset(config_for(root), alone)
+
+
+def test_names_need_not_be_utf8(shell: Shell, tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "images")
+    for split in ("train", "test"):
+        os.rename(root / split / "bee", os.fsencode(root / split) + b"/b\xe9e")
+    with open(os.fsencode(root) + b"/train/b\xe9e/\xff.png", "wb") as file:
+        file.write(b"no image")
+    arguments = ("data.name=imagefolder", f"data.root={root}", f"run_dir={tmp_path / 'run'}", "train.epochs=1")
+    sizes = ("train.global_batch_size=12", "train.micro_batch_size=12")
+    refused = shell("launch/local.sh", *arguments, *sizes, NPROC_PER_NODE="1")
+    assert refused.status == 1
+    assert "cannot be decoded" in refused.err.splitlines()[-1]
+    assert "Traceback" not in refused.out
+    trained = shell(sys.executable, "-m", "ddp_cifar.train", *arguments, *sizes, "data.on_corrupt=skip")
+    assert trained.status == 0, trained.err
+    assert "Traceback" not in trained.err
 
 
 # -- the cache
@@ -368,11 +417,29 @@ def test_a_start_that_is_killed_leaves_nothing_that_another_would_take(alone: Wo
     assert not list((root / ".cache").glob(".*tmp*")), "what the killed one left is not cleared away"
 
 
+def test_what_another_host_is_making_is_left_alone(tmp_path: Path) -> None:
+    """Some cluster file systems' locks hold within a host only."""
+    (tmp_path / ".made.tmp-another-host-17").mkdir()
+    make_once(tmp_path / "made", lambda temporary: None)
+    assert (tmp_path / ".made.tmp-another-host-17").is_dir()
+
+
+def test_decoding_waits_for_who_takes_the_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a slow disk would let all images pile up in memory."""
+    monkeypatch.setattr("ddp_cifar.data.decode.CHUNK_FILES", 1)
+    paths = sorted((write_tree(tmp_path, per_class=20) / "train").glob("*/*.png"))
+    submitted = []
+    submit = ThreadPoolExecutor.submit
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *arguments: submitted.append(1) or submit(*arguments))
+    decoded = decode_all(paths, 32, num_workers=2)
+    next(decoded)
+    assert len(submitted) == 4
+    assert len(list(decoded)) == 59
+
+
 def test_without_locks_two_that_make_it_end_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a file system without flock: the second finds the first one's result when it is done."""
     import fcntl
-
-    from ddp_cifar.data.cache import make_once
 
     def no_locks(*_: object) -> None:
         raise OSError("no locks here")

@@ -337,6 +337,7 @@ def test_the_running_average_is_what_is_evaluated_and_saved(alone: World) -> Non
     state = trainer.state_dict()
     assert torch.allclose(state["ema"][name], average, atol=1e-7)
     assert torch.equal(state["model"][name], seen[-1][name])
+    assert int(state["ema"]["conv_layer.1.num_batches_tracked"]) == 3
 
     alike = make_trainer(alone, config_of(*SHELF), random_dataset(96, test=40, image_size=8))
     alike.model.load_state_dict(state["ema"])
@@ -375,9 +376,10 @@ def test_adamw_shrinks_weights_apart_from_the_gradient_and_is_clamped_too(alone:
     assert counts == {4.0}, "10 updates: 1 ... 5, then 5 -> 3, 4, 5 -> 3, 4 ..."
 
 
-def test_fp16_leaves_out_an_update_that_overflowed_and_goes_on(alone: World) -> None:
-    """The first scale, 65536, is too large for this loss; the clamp's count and the weights stay where they were."""
-    config = config_of(*SHELF, "precision=fp16", "optim.name=adam", "train.max_steps=4")
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_fp16_leaves_out_an_update_that_overflowed_and_goes_on(alone: World, name: str) -> None:
+    """As if it had not been: the next update, from what were uninitialised moments, is small."""
+    config = config_of(*SHELF, "precision=fp16", f"optim.name={name}", "optim.momentum=0.9", "train.max_steps=4")
     trainer = make_trainer(alone, config, random_dataset(96, image_size=8))
     trainer.scaler = GradScaler("cpu", init_scale=2.0**40)
     before = copy.deepcopy(trainer.model.state_dict())
@@ -390,6 +392,7 @@ def test_fp16_leaves_out_an_update_that_overflowed_and_goes_on(alone: World) -> 
     trainer.train_step(next(steps))
     assert not torch.equal(trainer.model.state_dict()["fc_layer.6.weight"], before["fc_layer.6.weight"])
     assert trainer.scaler.get_scale() == 2.0**10
+    assert 0 < largest_difference(trainer.model.state_dict(), before) < 1.5, "1 is num_batches_tracked"
 
 
 def test_fp16_gradients_are_those_of_fp32_but_for_rounding(alone: World) -> None:

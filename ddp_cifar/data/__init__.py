@@ -1,5 +1,6 @@
 """Data sets, the order of their images, and batches. A new data set is a file here and a line in `DATASETS`."""
 
+import socket
 from collections.abc import Callable
 
 from ddp_cifar.config import DataConfig
@@ -18,7 +19,10 @@ DATASETS: dict[str, Callable[[DataConfig, World], DataSet]] = {
 
 
 def build_dataset(config: DataConfig, world: World) -> DataSet:
-    """Read or draw the data set on every rank, with data.val_images held out. Raises `UserError` if it cannot be read."""
+    """Read or draw the data set on every rank, with data.val_images held out.
+
+    Raises `UserError` if it cannot be read, or if the ranks have read other data each.
+    """
     try:
         dataset = DATASETS[config.name](config, world)
     except OSError as error:
@@ -28,4 +32,12 @@ def build_dataset(config: DataConfig, world: World) -> DataSet:
         raise UserError(
             f"data.image_size={config.image_size}, but the images of {config.name} have {size} x {size} pixels: leave it out"
         )
-    return dataset.hold_out(config.val_images)
+    dataset = dataset.hold_out(config.val_images)
+    own = dataset.describe()
+    main = world.on_main(lambda: own)
+    if not world.all(own == main):
+        here = "" if own == main else f", rank {world.rank} on {socket.gethostname()} has {own}"
+        raise UserError(
+            f"the ranks do not read the same data: rank 0 has {main}{here}; is data.root the same on every node?"
+        )
+    return dataset

@@ -24,11 +24,13 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
         if folder.is_dir():
             return
         if is_alone:
-            for left_over in folder.parent.glob(f".{folder.name}.tmp-*"):
+            # of this host alone: some cluster file systems' locks hold within a host, and another may be at work
+            for left_over in folder.parent.glob(f".{folder.name}.tmp-{socket.gethostname()}-*"):
                 shutil.rmtree(left_over, ignore_errors=True)
         temporary = folder.with_name(f".{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         try:
-            temporary.mkdir()
             make(temporary)
             _rename(temporary, folder)
         finally:

@@ -36,6 +36,9 @@ def read_cifar10(config: DataConfig, world: World) -> DataSet:
             ) from error
 
     def download() -> None:
+        with contextlib.suppress(UserError):
+            read(train=False, download=False)
+            return  # it is there, perhaps in a folder that cannot be written
         root = Path(config.root)
         root.mkdir(parents=True, exist_ok=True)
         with only_one(root / ".cifar10.lock"):  # nodes that share the folder take turns

@@ -56,7 +56,7 @@ class DataSet:
         """Sizes, and a checksum of the classes' names and all labels: equal for two readings of the same data."""
         splits = {"train": self.train, "val": self.val, "test": self.test}
         sizes = ", ".join(f"{len(split)} {name}" for name, split in splits.items() if split)
-        sha = hashlib.sha256("\0".join(self.classes).encode())
+        sha = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
         for split in splits.values():
             if split:
                 sha.update(split.labels.numpy().tobytes() + b"|")
@@ -83,8 +83,9 @@ class DataSet:
         moved: dict[int, Tensor] = {}
 
         def move(split: Split) -> Split:
-            images = moved.setdefault(id(split.images), split.images.to(device))
-            return Split(images, split.labels.to(device), split.sample_ids.to(device))
+            if id(split.images) not in moved:
+                moved[id(split.images)] = split.images.to(device)
+            return Split(moved[id(split.images)], split.labels.to(device), split.sample_ids.to(device))
 
         test, val = (split and move(split) for split in (self.test, self.val))
         return DataSet(move(self.train), test, self.classes, val)

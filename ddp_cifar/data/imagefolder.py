@@ -9,7 +9,7 @@ import hashlib
 import os
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,17 +21,19 @@ from tqdm import tqdm
 from ddp_cifar.config import DataConfig
 from ddp_cifar.data.cache import make_once
 from ddp_cifar.data.dataset import DataSet, Split
-from ddp_cifar.data.decode import SUFFIXES, decode_all
+from ddp_cifar.data.decode import SUFFIXES, ReadError, decode_all
 from ddp_cifar.distributed import World
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
 
 FORMAT = 1  # of the cache; another number makes other folders
+SHOWN = 20  # files that are named at most
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageFile:
-    path: Path
+    name: str
+    """Path under data.root."""
     label: int
     size: int
     """Bytes."""
@@ -51,7 +53,7 @@ def read_imagefolder(config: DataConfig, world: World) -> DataSet:
     """The images under `config.root`, decoded by one process a node if they are not yet; classes are the folders' names.
 
     Raises `UserError` for a missing folder, classes that differ between train and test, a file that cannot be decoded
-    (unless config.on_corrupt is skip), and a cache that cannot be written or is damaged.
+    (unless config.on_corrupt is skip) or read, and a cache that cannot be written, cannot be read or is damaged.
     """
     folder = world.on_each_node(lambda: _decoded_folder(config))
     try:
@@ -59,6 +61,11 @@ def read_imagefolder(config: DataConfig, world: World) -> DataSet:
         skipped = [str(line) for line in index["skipped"]]
         classes = tuple(str(name) for name in index["classes"])
         splits = {name: _open_split(folder, name, index[name], config.image_size) for name in index["splits"]}
+    except (PermissionError, FileNotFoundError) as error:
+        raise UserError(
+            f"cannot read the decoded images in {folder} ({error.strerror}: {error.filename}): have them made readable, "
+            f"or set data.cache to a folder of your own"
+        ) from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"the decoded images in {folder} are damaged ({error}): remove that folder") from error
     if skipped and world.is_main:
@@ -71,12 +78,16 @@ def _decoded_folder(config: DataConfig) -> Path:
     root = Path(config.root)
     tree = _scan(root, needs_test=config.val_images == 0)
     cache = root / ".cache" if config.cache == "auto" else Path(config.cache)
-    folder = cache / f"imagefolder-{config.image_size}px-{_fingerprint(tree, root, config)}"
+    folder = cache / f"imagefolder-{config.image_size}px-{_fingerprint(tree, config)}"
     try:
         make_once(folder, lambda temporary: _decode_tree(tree, config, temporary))
+    except ReadError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}): see to it that it can, or remove it"
+        ) from error
     except OSError as error:
         raise UserError(
-            f"cannot write the decoded images to {cache} ({error.strerror}): set data.cache to a folder with room for them"
+            f"cannot write the decoded images to {cache} ({error.strerror}): set data.cache to another folder, with room for them"
         ) from error
     return folder
 
@@ -84,8 +95,10 @@ def _decoded_folder(config: DataConfig) -> Path:
 def _open_split(folder: Path, name: str, labels: "np.typing.NDArray[np.int64]", image_size: int) -> Split:
     path = folder / f"{name}.images"
     num_bytes = len(labels) * image_size * image_size * 3
-    if path.stat().st_size != num_bytes:
-        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, expected {num_bytes}")
+    with open(path, "rb") as file:
+        found = os.fstat(file.fileno()).st_size
+    if found != num_bytes:
+        raise ValueError(f"{path.name} has {found} bytes, expected {num_bytes}")
     # mapped, private: nobody writes, so all ranks of a node see the same pages of memory
     pixels: Tensor = torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
     images = pixels.view(len(labels), image_size, image_size, 3).permute(0, 3, 1, 2)
@@ -108,7 +121,7 @@ def _scan(root: Path, needs_test: bool) -> Tree:
     for folder in splits.get("test", []):
         if folder.name not in classes:
             raise UserError(f"{folder} is a class without training images: expected one of {', '.join(classes)}")
-    return Tree(classes, {name: list(_files(folders, classes)) for name, folders in splits.items()})
+    return Tree(classes, {name: _files(name, folders, classes) for name, folders in splits.items()})
 
 
 def _class_folders(folder: Path, way_out: str) -> list[Path]:
@@ -117,38 +130,49 @@ def _class_folders(folder: Path, way_out: str) -> list[Path]:
             f"data.root needs the folder {folder}, which does not exist: expected train/CLASS/* and test/CLASS/* under "
             f"it{way_out}"
         )
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist: mend or remove it")
+    folders = [path for path in paths if path.is_dir()]
     if not folders:
         raise UserError(f"{folder} has no class folders: expected images in {folder}/CLASS/*")
     return folders
 
 
-def _files(folders: Sequence[Path], classes: Sequence[str]) -> Iterator[ImageFile]:
+def _files(split: str, folders: Sequence[Path], classes: Sequence[str]) -> list[ImageFile]:
     """The images of each class folder, by name."""
+    files: list[ImageFile] = []
+    others: list[str] = []
     for folder in folders:
-        entries = sorted((entry for entry in os.scandir(folder) if entry.name[0] != "."), key=lambda entry: entry.name)
-        images: list[os.DirEntry[str]] = []
-        others: list[os.DirEntry[str]] = []
-        for entry in entries:
-            (images if os.path.splitext(entry.name)[1].lower() in SUFFIXES else others).append(entry)
-        if not images:
+        label, before = classes.index(folder.name), len(files)
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.name[0] != ".":
+                try:
+                    stat = entry.stat()
+                    size, time_ns = stat.st_size, stat.st_mtime_ns
+                except FileNotFoundError:  # a link to nowhere: found to be no image when it is decoded
+                    size = time_ns = 0
+                files.append(ImageFile(f"{split}/{folder.name}/{entry.name}", label, size, time_ns))
+            elif entry.name[0] != ".":
+                others.append(entry.path)
+        if len(files) == before:
             endings = ", ".join(sorted(SUFFIXES))
             raise UserError(f"{folder} holds no images: expected files ending in {endings}, in this folder itself")
-        if others:
-            log.warning(f"left out of {folder}: {len(others)} whose names are not an image's, such as {others[0].name}")
-        for entry in images:
-            stat = entry.stat()
-            yield ImageFile(Path(entry.path), classes.index(folder.name), stat.st_size, stat.st_mtime_ns)
+    if others:
+        log.warning(f"left out of {split}: {len(others)} whose names are not an image's, such as {others[0]}")
+    return files
 
 
-def _fingerprint(tree: Tree, root: Path, config: DataConfig) -> str:
-    """A hash of all that the decoded images depend on."""
-    sha = hashlib.sha256(f"{FORMAT} {config.image_size} {config.on_corrupt} {tree.classes}".encode())
-    for name, files in tree.splits.items():
+def _fingerprint(tree: Tree, config: DataConfig) -> str:
+    """A hash of what the decoded images depend on: each file's name, size and time, and the settings."""
+    # a cache inside the tree moves with it; one that serves several trees tells them apart by their place too
+    place = "" if config.cache == "auto" else str(Path(config.root).resolve())
+    settings = f"{FORMAT} {config.image_size} {config.on_corrupt} {tree.classes} {place}"
+    sha = hashlib.sha256(settings.encode(errors="surrogateescape"))
+    for files in tree.splits.values():
         for file in files:
-            sha.update(
-                f"{name} {file.path.relative_to(root)}\0{file.size} {file.time_ns}\n".encode(errors="surrogateescape")
-            )
+            sha.update(f"{file.name}\0{file.size} {file.time_ns}\n".encode(errors="surrogateescape"))
     return sha.hexdigest()[:16]
 
 
@@ -166,29 +190,32 @@ def _decode_tree(tree: Tree, config: DataConfig, folder: Path) -> None:
     with tqdm(total=num_files, desc="decoding", unit="file", leave=False, disable=None) as bar:
         for name, files in tree.splits.items():
             labels = []
-            pixels = decode_all([file.path for file in files], config.image_size, cores)
+            paths = [Path(config.root, file.name) for file in files]
             with open(folder / f"{name}.images", "wb") as output:
-                for file, decoded in zip(files, pixels, strict=True):
+                for file, decoded in zip(files, decode_all(paths, config.image_size, cores), strict=True):
                     bar.update()
                     if isinstance(decoded, bytes):
                         output.write(decoded)
                         labels.append(file.label)
                     else:
-                        problems.append(f"{file.path} cannot be decoded ({decoded})")
+                        problems.append(f"{Path(config.root, file.name)} cannot be decoded ({decoded})")
             index[name] = np.array(labels, dtype=np.int64)
-            if problems and config.on_corrupt == "skip":
-                _check_classes(name, labels, tree.classes)
+            if config.on_corrupt == "skip":
+                _check_what_is_left(name, labels, tree.classes)
     if problems and config.on_corrupt == "refuse":
-        more = f" (and {len(problems) - 1} more such files)" if len(problems) > 1 else ""
+        more = f" (and {len(problems) - 1} more such files, named above)" if len(problems) > 1 else ""
+        for problem in problems[1:SHOWN]:
+            log.warning(problem)
         raise UserError(f"{problems[0]}{more}: mend or remove them, or leave them out with data.on_corrupt=skip")
     np.savez(folder / "index.npz", skipped=np.array(problems, dtype=np.str_), **index)  # type: ignore[arg-type]
     log.info(f"decoded in {time.perf_counter() - started:.1f} s")
 
 
-def _check_classes(split: str, labels: Sequence[int], classes: Sequence[str]) -> None:
-    left = {classes[label] for label in labels}
-    for name in classes if split == "train" else ():
-        if name not in left:
-            raise UserError(f"none of the files of {split}/{name} can be decoded: mend them, or remove the folder")
+def _check_what_is_left(split: str, labels: Sequence[int], classes: Sequence[str]) -> None:
     if not labels:
         raise UserError(f"none of the files of {split} can be decoded: mend them")
+    if split == "train":
+        for label in set(range(len(classes))) - set(labels):
+            raise UserError(
+                f"none of the files of train/{classes[label]} can be decoded: mend them, or remove the folder"
+            )
