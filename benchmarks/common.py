@@ -1,5 +1,6 @@
 """What the benchmarks share: the data of the usual way, rounds in which contenders take turns, and a table of the results."""
 
+import argparse
 import json
 import platform
 import statistics
@@ -30,6 +31,17 @@ class Comparison:
     contender: str
     reference: str
     target: float
+
+
+def arguments(shows: str, *, rounds: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=shows)
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help=f"slices of each contender that are timed ({rounds})"
+    )
+    parser.add_argument("--batch", type=int, default=128, help="images a batch, on each rank (128)")
+    parser.add_argument("--json", type=Path, help="write the results to this file too")
+    return parser
 
 
 def random_cifar10(num_images: int) -> CIFAR10:

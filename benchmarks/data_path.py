@@ -7,13 +7,11 @@ so in the process that trains, on one thread. The DataLoader does so in one work
 worker is the one core), and, for completeness, without a worker.
 """
 
-import argparse
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
-from common import Comparison, random_cifar10, report, split_of, take_turns
+from common import Comparison, arguments, random_cifar10, report, split_of, take_turns
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
 
@@ -26,11 +24,10 @@ OURS, WORKER, NO_WORKER = "ddp_cifar", "DataLoader, workers=1", "DataLoader, wor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="images/s of ddp_cifar's data path and of one DataLoader worker")
-    parser.add_argument("--rounds", type=int, default=7, help="epochs of each contender that are timed (7)")
-    parser.add_argument("--images", type=int, default=50_000, help="images an epoch (50000, as CIFAR-10)")
-    parser.add_argument("--batch", type=int, default=128, help="images a batch (128)")
-    parser.add_argument("--json", type=Path, help="write the results to this file too")
+    parser = arguments("images/s of ddp_cifar's data path and of one DataLoader worker", rounds=7)
+    parser.add_argument(
+        "--images", type=int, default=50_000, help="images an epoch, which is a slice (50000, as CIFAR-10)"
+    )
     options = parser.parse_args()
 
     torch.set_num_threads(1)

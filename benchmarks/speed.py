@@ -13,7 +13,6 @@ contenders take turns in one run:
   to it is what data, communication and bookkeeping cost.
 """
 
-import argparse
 import contextlib
 import tempfile
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import Comparison, fastest, random_cifar10, report, split_of, take_turns
+from common import Comparison, arguments, fastest, random_cifar10, report, split_of, take_turns
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
@@ -49,11 +48,8 @@ Steps = Callable[[], None]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="images/s of ddp_cifar, plain DDP, and the computation alone")
-    parser.add_argument("--rounds", type=int, default=11, help="slices of each contender that are timed (11)")
+    parser = arguments("images/s of ddp_cifar, plain DDP, and the computation alone", rounds=11)
     parser.add_argument("--steps", type=int, default=3, help="steps a slice (3)")
-    parser.add_argument("--batch", type=int, default=128, help="images a rank and step (128)")
-    parser.add_argument("--json", type=Path, help="write the results to this file too")
     options = parser.parse_args()
 
     with open_world("cpu") as world, tempfile.TemporaryDirectory() as folder:

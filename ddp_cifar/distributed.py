@@ -64,21 +64,12 @@ class World:
         """True on every rank if `flag` is true on all of them."""
         return int(self.sum(torch.tensor(int(flag), device=self.device))) == self.world_size
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        dist.barrier()
-
     def on_main(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0 and return its result on every rank; what it raises is raised on every rank.
 
         The other ranks learn of a failure here instead of waiting for a rank that is gone.
         """
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = function()
-            except Exception as error:
-                outcome[1] = _portable(error)
+        outcome: list[Any] = _attempt(function) if self.is_main else [None, None]
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise outcome[1]
@@ -92,12 +83,7 @@ class World:
         """
         if self.world_size == 1:
             return function()
-        outcome: list[Any] = [None, None]
-        if self.local_rank == 0:
-            try:
-                outcome[0] = function()
-            except Exception as error:
-                outcome[1] = _portable(error)
+        outcome = _attempt(function) if self.local_rank == 0 else [None, None]
         outcomes: list[Any] = [None] * self.world_size
         patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
         dist.all_gather_object(outcomes, outcome, group=patient)
@@ -200,13 +186,19 @@ def bf16_is_native(device: torch.device) -> bool:
     return False
 
 
-def _portable(error: Exception) -> Exception:
-    """The error, or its text if it cannot be sent: a rank that failed at sending it would leave the others waiting."""
+def _attempt(function: Callable[[], object]) -> list[Any]:
+    """[result, None], or [None, the exception], which can be sent to other ranks.
+
+    An exception that cannot be sent goes as its text: a rank that failed at sending it would leave the others waiting.
+    """
     try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(repr(error))
-    return error
+        return [function(), None]
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return [None, RuntimeError(repr(error))]
+        return [None, error]
 
 
 def _from_environment(name: str, default: int) -> int:

@@ -123,7 +123,7 @@ class Schedule:
         self.warmup_steps = round(config.warmup_epochs * steps_per_epoch)
         self.clamp_after_step = config.step_clamp.after_epoch * steps_per_epoch
         self.clamp: AdamStepClamp | None = None
-        if config.step_clamp.enabled and isinstance(optimizer, Adam | AdamW):
+        if config.step_clamp.enabled and isinstance(optimizer, Adam):  # AdamW is one
             self.clamp = AdamStepClamp(optimizer, config.step_clamp.limit, config.step_clamp.reset_to)
 
     def before_step(self, step: int) -> float:

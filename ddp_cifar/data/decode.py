@@ -24,7 +24,6 @@ from PIL import Image, ImageOps
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif"}
 
-
 CHUNK_FILES, CHUNK_BYTES = 64, 4 * 2**20  # what a worker is given at a time: so many files or, decoded, bytes at most
 
 Image.MAX_IMAGE_PIXELS = None  # the user's own files are no attack, however large

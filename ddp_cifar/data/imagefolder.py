@@ -203,7 +203,7 @@ def _decode_tree(tree: Tree, config: DataConfig, folder: Path) -> None:
             if config.on_corrupt == "skip":
                 _check_what_is_left(name, labels, tree.classes)
     if problems and config.on_corrupt == "refuse":
-        more = f" (and {len(problems) - 1} more such files, named above)" if len(problems) > 1 else ""
+        more = f" (and {len(problems) - 1} more such files, the first of them above)" if len(problems) > 1 else ""
         for problem in problems[1:SHOWN]:
             log.warning(problem)
         raise UserError(f"{problems[0]}{more}: mend or remove them, or leave them out with data.on_corrupt=skip")
