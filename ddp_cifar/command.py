@@ -1,5 +1,6 @@
 """What every command does around its `main`: a user's mistake is one line, a bug keeps its traceback, both are recorded."""
 
+import contextlib
 import json
 import os
 import sys
@@ -7,9 +8,10 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from ddp_cifar.distributed import place_from_environment
-from ddp_cifar.errors import UserError
+from ddp_cifar.distributed import is_lost_peer, place_from_environment
+from ddp_cifar.errors import RunError, UserError
 from ddp_cifar.log import log, set_up_logging
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_SAVE_FAILED = 1, 2, 3
@@ -18,7 +20,8 @@ EXIT_FAILED, EXIT_USER_ERROR, EXIT_SAVE_FAILED = 1, 2, 3
 def run_command(main: Callable[[Sequence[str]], int]) -> None:
     """Run `main(argv)` and exit: its status, 2 after a `UserError`, 1 after any other exception.
 
-    The exception is also left where torchrun looks for it, so that its report, and launch/*.sh, repeat the line.
+    The exception is also left where torchrun looks for it, so that its report, and launch/*.sh, repeat the line. But for
+    that of a rank whose peers are gone, which is no reason.
     """
     set_up_logging(0, 1)
     try:
@@ -27,23 +30,42 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
     except UserError as error:
         log.error(error)
         status = EXIT_USER_ERROR
-        _record(str(error), str(error))
+        record_error(str(error))
     except KeyboardInterrupt:
         log.error("interrupted")
         status = EXIT_FAILED
+    except RunError as error:
+        leave(str(error))
     except Exception as error:
-        details = "".join(traceback.format_exception(error)).rstrip()
-        log.error(details)
         status = EXIT_FAILED
-        _record(f"{type(error).__name__}: {error}", details)
-    sys.stdout.flush()
-    sys.stderr.flush()
+        if is_lost_peer(error):
+            log.error(f"another rank is gone, so this one ends ({str(error).splitlines()[0]})")
+        else:
+            details = "".join(traceback.format_exception(error)).rstrip()
+            log.error(details)
+            record_error(f"{type(error).__name__}: {error}", details)
+    _flush()
     if status:
         # past the interpreter's own end, which could wait for peers that are gone
         os._exit(status)
 
 
-def _record(message: str, details: str) -> None:
+def leave(message: str) -> NoReturn:
+    """End this process at once, from any thread and whatever the others do, with an error of one line."""
+    try:
+        log.error(message)
+        record_error(message)
+        _flush()
+    finally:  # even where there is no terminal any more
+        os._exit(EXIT_FAILED)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def record_error(message: str, details: str = "") -> None:
     """Leave the error where torchrun looks for it, in the form that torch's `@record` writes.
 
     (`@record` itself would print a traceback, and put one into torchrun's report, for a user's mistake too.) Beside it
@@ -51,7 +73,8 @@ def _record(message: str, details: str) -> None:
     """
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
-        extra = {"py_callstack": details, "timestamp": str(int(time.time()))}
-        path.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+        extra = {"py_callstack": details or message, "timestamp": str(int(time.time()))}
         line = f"[rank {os.environ.get('RANK')}] error: {message}\n"
-        path.with_suffix(".txt").write_text(line, errors="backslashreplace")
+        with contextlib.suppress(OSError):  # a torchrun that is gone has taken its folder along
+            path.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+            path.with_suffix(".txt").write_text(line, errors="backslashreplace")

@@ -8,6 +8,7 @@ The dataclass defaults are the CIFAR-10 recipe. A YAML file overrides them, and 
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import sys
@@ -143,6 +144,25 @@ class TrainConfig:
     """Keep images and weights in channels-last memory order, which convolutions prefer."""
     log_every: int = 20
     """Steps from one row of metrics.jsonl and TensorBoard to the next."""
+    deterministic: bool = False
+    """Take only kernels of torch that repeat their bits, which a resume on a GPU needs to be exact. Slower; no change on a
+    CPU, whose kernels all do."""
+    max_hours: float | None = None
+    """Ask the run to stop this long after the command started: it saves, and leaves with status `stopped`. null: never."""
+    deadline: float | None = None
+    """The same as unix time, in seconds: `$(date -d 'tomorrow 8:00' +%s)`. null: none."""
+    agree_every: int = 5
+    """Steps, or batches of an evaluation, from one exchange among ranks of what they were asked (to stop, to save) to the
+    next. A request acts after at most twice as many."""
+    hang_timeout_s: float = 300.0
+    """End the run, naming the silent ranks, once no rank has completed a step, or a batch of an evaluation, for so long."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A gradient that is not finite: end the run, or leave out its update. `skip` waits for the device in every step."""
+    check_replicas_every: int | None = 200
+    """Steps from one comparison of all ranks' weights to the next. null: never."""
+    straggler_factor: float | None = 2.0
+    """Report a rank, once, whose own work took this many times as long as the other ranks' over `log_every` steps, twice in
+    a row. null: never."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
@@ -163,6 +183,21 @@ class TrainConfig:
         _require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "0 to below 1")
         _require(self.ema_decay is None or 0 < self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 to 1, or null")
         _require(self.log_every >= 1, "train.log_every", self.log_every, "1 or more")
+        hours = self.max_hours
+        _require(hours is None or 0 < hours < math.inf, "train.max_hours", hours, "a number above 0, or null")
+        _require(
+            self.deadline is None or 0 < self.deadline < math.inf,
+            "train.deadline",
+            self.deadline,
+            "a unix time, or null",
+        )
+        _require(self.agree_every >= 1, "train.agree_every", self.agree_every, "1 or more")
+        # torch's own limit for a collective is half an hour, and names no rank
+        _require(2 <= self.hang_timeout_s <= 1500, "train.hang_timeout_s", self.hang_timeout_s, "2 to 1500")
+        check = self.check_replicas_every
+        _require(check is None or check >= 1, "train.check_replicas_every", check, "1 or more, or null")
+        factor = self.straggler_factor
+        _require(factor is None or 1 < factor < math.inf, "train.straggler_factor", factor, "above 1, or null")
 
 
 @dataclass(frozen=True)
@@ -184,11 +219,20 @@ class EvalConfig:
 class CheckpointConfig:
     every_epochs: int = 1
     """Epochs from one checkpoint to the next; the end of the run is always saved."""
+    every_steps: int | None = None
+    """Also every so many steps. null: never."""
+    every_minutes: float | None = 10.0
+    """Also where the last one is so old. null: never."""
     keep: int = 3
     """Checkpoints to keep: the newest ones, and `best` besides."""
 
     def __post_init__(self) -> None:
         _require(self.every_epochs >= 1, "checkpoint.every_epochs", self.every_epochs, "1 or more")
+        steps, minutes = self.every_steps, self.every_minutes
+        _require(steps is None or steps >= 1, "checkpoint.every_steps", steps, "1 or more, or null")
+        _require(
+            minutes is None or 0 < minutes < math.inf, "checkpoint.every_minutes", minutes, "a number above 0, or null"
+        )
         _require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
 
 
@@ -346,6 +390,7 @@ def _type_name(annotation: Any) -> str:
     return f"{options[0].__name__} or null" if options else str(annotation.__name__)
 
 
+@functools.cache
 def _field_docs(cls: type) -> dict[str, str]:
     """The string under each field of a dataclass, which Python itself throws away."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body

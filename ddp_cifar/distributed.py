@@ -8,7 +8,7 @@ import inspect
 import os
 import pickle
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -37,6 +37,8 @@ class World:
     local_world_size: int
     device: torch.device
     backend: str
+    side: dist.ProcessGroup
+    """A gloo group of its own, for what ranks tell each other beside the training."""
 
     @property
     def is_main(self) -> bool:
@@ -63,6 +65,26 @@ class World:
     def all(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on all of them."""
         return int(self.sum(torch.tensor(int(flag), device=self.device))) == self.world_size
+
+    def start_gather(self, numbers: Sequence[int]) -> Callable[[], list[list[int]]]:
+        """Begin to learn every rank's `numbers`, as many on each, and return a function that waits for them: a list a rank.
+
+        It goes over the CPU in a group of its own, and so neither waits for the device nor for the training's collectives.
+        """
+        own = torch.tensor(numbers, dtype=torch.int64)
+        everyone = [torch.empty_like(own) for _ in range(self.world_size)]
+        work = dist.all_gather(everyone, own, group=self.side, async_op=True)
+        assert work is not None
+
+        def wait() -> list[list[int]]:
+            work.wait()
+            return [theirs.tolist() for theirs in everyone]
+
+        return wait
+
+    def gather(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Every rank's `numbers`, as many on each: a list a rank."""
+        return self.start_gather(numbers)()
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0 and return its result on every rank; what it raises is raised on every rank.
@@ -171,9 +193,15 @@ def open_world(device: str = "auto", backend: str = "auto") -> Iterator[World]:
             f"rank {rank} on {socket.gethostname()} could not join the {world_size} ranks at {host}:{port} over {backend} "
             f"({reason}): start all ranks with torchrun, and check that this host reaches that address"
         ) from error
-    yield World(rank, local_rank, world_size, local_world_size, own, backend)
+    side = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT))
+    yield World(rank, local_rank, world_size, local_world_size, own, backend, side)
     # not in a `finally`: after an error the peers may be gone, and leaving in good order would wait for them
     dist.destroy_process_group()
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """True for the error of a collective whose other ranks are gone: they know the reason, this rank does not."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def bf16_is_native(device: torch.device) -> bool:

@@ -7,3 +7,10 @@ class UserError(ValueError):
     Its message is one line: what was found, what was expected, what to do. A command shows that line and exits with 2
     (`command.py`); any other exception is a bug and keeps its traceback.
     """
+
+
+class RunError(RuntimeError):
+    """Something went wrong inside a run, such as a loss that is not a number.
+
+    Its message is one line as well; a command shows it and exits with 1.
+    """

@@ -1,30 +1,49 @@
 """Sums over images, reduced over ranks, and where the time of a step goes."""
 
 import contextlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ddp_cifar.distributed import World
+from ddp_cifar.seeding import generator
 
 T = TypeVar("T")
 
 
+LOSS_UNIT = 2.0**-28
+"""Losses are added up as whole numbers of this. A sum of integers is the same in any order: over any number of ranks, and
+through any interruption. It rounds the loss of an image by 2e-9."""
+LOSS_LIMIT = 2.0**14
+"""What the loss of one image counts at most, so that the sum over a hundred million images fits 63 bits."""
+
+
 @dataclass(frozen=True)
 class Totals:
-    """Sums over images, which can be added up and divided at any time."""
+    """Sums over images, which can be added up and divided at any time. All are integers, and so exact."""
 
-    loss: float = 0.0
-    correct: float = 0.0
+    loss_units: int = 0
+    """The sum of all losses that are finite, in `LOSS_UNIT`."""
+    correct: int = 0
     images: int = 0
+    nonfinite: int = 0
+    """Images whose loss is not finite."""
+    ledger: int = 0
+    """The sum of the `ledger_numbers` of the images: which ones they were, in any order."""
 
     def __add__(self, other: "Totals") -> "Totals":
-        return Totals(self.loss + other.loss, self.correct + other.correct, self.images + other.images)
+        return Totals(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def loss(self) -> float:
+        """nan where that of any image is not finite"""
+        return self.loss_units * LOSS_UNIT if self.nonfinite == 0 else math.nan
 
     @property
     def mean_loss(self) -> float:
@@ -36,25 +55,43 @@ class Totals:
         return self.correct / max(1, self.images)
 
 
+def ledger_numbers(num_ids: int) -> Tensor:
+    """(num_ids,) int64: a number of 40 random bits for each sample id.
+
+    Sums of them tell sets of images apart: if one image stands for another, or is there twice, two sums agree by a chance
+    of about 2^-40. The numbers of 2^22 images fit 63 bits.
+    """
+    return torch.randint(2**40, (num_ids,), generator=generator("ledger"))
+
+
 class Counter:
-    """Counts loss and correct predictions on the device; nothing waits until `reduce`."""
+    """Counts losses, correct predictions and images on the device; nothing waits until `reduce`."""
 
-    def __init__(self, device: torch.device) -> None:
-        # (loss, correct, images); float64 counts every image exactly, and mps has no float64
-        self.sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    def __init__(self, device: torch.device, ledger: Tensor | None = None) -> None:
+        """`ledger`: the number of each sample id, where it is to be known which images were counted."""
+        self.sums = torch.zeros(5, dtype=torch.int64, device=device)
+        self.ledger = ledger
 
-    def add(self, losses: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: (B,) losses, (B, classes) logits, (B,) labels."""
+    def add(self, losses: Tensor, logits: Tensor, labels: Tensor, sample_ids: Tensor | None = None) -> None:
+        """Count a batch: (B,) losses, (B, classes) logits, (B,) labels, (B,) sample ids for the ledger."""
         with torch.no_grad():
-            correct = (logits.argmax(1) == labels).sum()
-            images = torch.full_like(correct, len(labels))
-            self.sums += torch.stack([losses.to(self.sums.dtype).sum(), correct, images])
+            finite = losses.isfinite()
+            units = (losses.float().where(finite, 0.0).clamp(max=LOSS_LIMIT) / LOSS_UNIT).round().long()
+            correct = logits.argmax(1) == labels
+            count = torch.full((), len(labels), dtype=torch.int64, device=self.sums.device)
+            numbers = count.new_zeros(1) if self.ledger is None or sample_ids is None else self.ledger[sample_ids]
+            self.sums += torch.stack([units.sum(), correct.sum(), count, count - finite.sum(), numbers.sum()])
 
     def reduce(self, world: World) -> Totals:
         """The sums over all ranks since the last call. Waits for the device; every rank must call it."""
-        loss, correct, images = world.sum(self.sums).tolist()
+        self.own = self.sums.clone()
+        totals = Totals(*world.sum(self.sums).tolist())
         self.sums = torch.zeros_like(self.sums)
-        return Totals(loss, correct, int(images))
+        return totals
+
+    def own_nonfinite(self) -> int:
+        """Of what the last `reduce` summed, this rank's part of `nonfinite`."""
+        return int(self.own[3])
 
 
 class Span:

@@ -22,6 +22,8 @@ class MicroBatch:
     """(B, 3, H, W) float32, normalised, on the device"""
     labels: Tensor
     """(B,) int64, on the device"""
+    sample_ids: Tensor
+    """(B,) int64, on the device: which images they are"""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class StepBatch:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for micro in self.indices.micro_batches:
-            images, labels = self.loader.gather(micro.indices, self.augmentations)
-            yield MicroBatch(micro.index, images, labels)
+            images, labels, sample_ids = self.loader.gather(micro.indices, self.augmentations)
+            yield MicroBatch(micro.index, images, labels, sample_ids)
 
 
 class EvalLoader:
@@ -62,8 +64,8 @@ class EvalLoader:
         """(3, H, W)"""
         return self.split.images.shape[1:]
 
-    def gather(self, indices: Tensor, augmentations: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B,) int64 indices -> (B, 3, H, W) float32 images and (B,) int64 labels on the device.
+    def gather(self, indices: Tensor, augmentations: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,) int64 indices -> (B, 3, H, W) float32 images, (B,) int64 labels and sample ids, on the device.
 
         Each image is augmented by its sample id's row of `augmentations` (num_ids, 3), where those are given.
         """
@@ -72,18 +74,25 @@ class EvalLoader:
         images = self.split.images.permute(0, 2, 3, 1).index_select(0, sample_ids).permute(0, 3, 1, 2)
         if augmentations is not None:
             images = augment(images, augmentations[sample_ids])
-        return normalize(images, self.memory_format), self.split.labels[indices]
+        return normalize(images, self.memory_format), self.split.labels[indices], sample_ids
 
     def evaluation_batches(
         self, world: World, batch_size: int, augmentations: Tensor | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """`gather`ed batches of the images rank, rank + world_size, rank + 2 world_size ...
+    ) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """Images and labels, `gather`ed, of the images rank, rank + world_size, rank + 2 world_size ...
 
-        Each image is on exactly one rank, where `DistributedSampler` would pad and so count some twice.
+        Each image is on exactly one rank, where `DistributedSampler` would pad and so count some twice. Every rank gets as
+        many batches, which a rank that has no image left for the last one gets as None.
         """
         share = torch.arange(len(self))[world.rank :: world.world_size]
-        for indices in share.split(batch_size) if len(share) else ():
-            yield self.gather(indices, augmentations)
+        largest_share = -(-len(self) // world.world_size)
+        for start in range(0, largest_share, batch_size):
+            indices = share[start : start + batch_size]
+            if len(indices):
+                images, labels, _ = self.gather(indices, augmentations)
+                yield images, labels
+            else:
+                yield None
 
 
 class TrainLoader(EvalLoader):
