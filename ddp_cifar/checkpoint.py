@@ -8,7 +8,9 @@ A checkpoint is a plain dict of tensors, numbers and strings, which `torch.load(
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,9 @@ from torch import Tensor, nn
 from ddp_cifar.config import Config, flatten, to_dict
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
+
+PATIENCE_S = 60.0
+"""For an earlier save; a disk that takes longer costs checkpoints rather than time."""
 
 State = dict[str, Any]
 PARTS = ("model", "optimizer", "progress", "config")  # and, where they are on, "ema" and "scaler"
@@ -62,6 +67,34 @@ def digest(state: object) -> str:
 
     feed(state)
     return sha.hexdigest()
+
+
+def snapshot(state: State) -> tuple[State, Callable[[], None]]:
+    """A copy of `state` on the CPU that goes on being what `state` is now, and a function that waits until it is whole.
+
+    A GPU copies in its own order, between the steps before and after, while the host goes on.
+    """
+    on_cuda = False
+
+    def copy(value: Any) -> Any:
+        nonlocal on_cuda
+        if isinstance(value, Mapping):
+            return {key: copy(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(copy(item) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        if value.device.type != "cuda":
+            return value.detach().to("cpu", copy=True)
+        on_cuda = True
+        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value.detach(), non_blocking=True)
+
+    copied = copy(state)
+    if not on_cuda:
+        return copied, lambda: None
+    done = torch.cuda.Event()
+    done.record()
+    return copied, done.synchronize
 
 
 def save_checkpoint(path: Path, state: State) -> None:
@@ -169,7 +202,12 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
         self.failed_saves = 0
+        self.waited_s = 0.0
+        """Seconds that the training has waited for saves."""
+        self.last_good: Path | None = None
         self.bad: set[Path] = set()
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
 
     def paths(self) -> list[Path]:
         """All checkpoints, the newest first."""
@@ -183,7 +221,9 @@ class Checkpoints:
         paths = self.paths()
         for path in paths:
             try:
-                return Loaded(path, load_checkpoint(path))
+                loaded = Loaded(path, load_checkpoint(path))
+                self.last_good = path
+                return loaded
             except UserError as error:
                 log.warning(f"skipped: {error}")
                 self.bad.add(path)
@@ -194,20 +234,60 @@ class Checkpoints:
         return None
 
     def save(self, state: State, step: int, is_best: bool) -> None:
-        """Save, set the links and remove good ones beyond `keep`. A failure is a warning, and counted: training goes on."""
-        path = self.folder / f"step_{step:08d}.pt"
+        """Save `state` as it is now, on a thread; the caller may change it at once.
+
+        An earlier save is waited for, but not longer than `PATIENCE_S`: then this one is left out, with a warning.
+        """
+        started = time.perf_counter()
+        if not self.finish(PATIENCE_S):
+            self._failed(self._path(step), f"the one before is not written after {PATIENCE_S:.0f} s")
+            self.waited_s += time.perf_counter() - started
+            return
+        copied, wait = snapshot(state)
+
+        def write() -> None:
+            try:
+                wait()
+                self._write(copied, step, is_best)
+            except BaseException as error:
+                self._error = error
+
+        self._writer = threading.Thread(target=write, name="checkpoint")
+        self._writer.start()
+        self.waited_s += time.perf_counter() - started
+
+    def finish(self, timeout_s: float | None = None) -> bool:
+        """Wait until what was saved is on the disk; False if it is not within `timeout_s`."""
+        if self._writer:
+            self._writer.join(timeout_s)
+            if self._writer.is_alive():
+                return False
+            self._writer = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+        return True
+
+    def _write(self, state: State, step: int, is_best: bool) -> None:
+        """Write, set the links and remove good ones beyond `keep`. A failure is a warning, and counted: training goes on."""
+        path = self._path(step)
         try:
             save_checkpoint(path, state)
             self.bad.discard(path)
+            self.last_good = path
             _link(self.folder / "latest.pt", path)
             if is_best:
                 _link(self.folder / "best.pt", path)
             self._remove_old()
         except OSError as error:
-            self.failed_saves += 1
-            log.warning(
-                f"checkpoint {path} was not saved ({error.strerror}); training goes on, older checkpoints are kept"
-            )
+            self._failed(path, error.strerror or str(error))
+
+    def _failed(self, path: Path, reason: str) -> None:
+        self.failed_saves += 1
+        log.warning(f"checkpoint {path} was not saved ({reason}); training goes on, older checkpoints are kept")
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}.pt"
 
     def _remove_old(self) -> None:
         best = self.folder / "best.pt"
@@ -224,6 +304,9 @@ class NullCheckpoints(Checkpoints):
 
     def save(self, state: State, step: int, is_best: bool) -> None:
         pass
+
+    def finish(self, timeout_s: float | None = None) -> bool:
+        return True
 
 
 def find_checkpoint(resume: str, own: Checkpoints) -> Loaded | None:
@@ -252,6 +335,7 @@ def find_checkpoint(resume: str, own: Checkpoints) -> Loaded | None:
         )
     if not latest:
         found.state["progress"]["best_val_accuracy"] = -1.0  # another run's best is not in this run_dir
+        found.state["productive_s"] = 0.0  # nor its time
     return found
 
 

@@ -1,25 +1,51 @@
 """RUN_DIR: all that a run writes, its layout, and the lock that keeps two runs out of one folder.
 
 config.yaml                   the resolved config
-status                        running, finished, or failed: REASON; `running` left by a dead process means it crashed
+status                        running, stopped, finished, or failed: REASON; `running` left by dead processes means a crash
 metrics.jsonl                 a row of scalars every few steps and at every epoch's end
 tensorboard/                  the same for TensorBoard
 checkpoints/step_NNNNNNNN.pt  checkpoints, with links `latest.pt` and `best.pt`
-logs/rank_N.log               each rank's text
+logs/rank_N.log               each rank's text; rank_N.stacks: where each Python thread was when the run hung
+heartbeats/rank_N             each rank's last sign of life
+starts.jsonl                  a row for each start of the run
 lock                          host and pid of the run that holds it
+STOP, SAVE                    files that its user makes: stop, and save; save and go on
 """
 
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
+
+CLAIM_PATIENCE_S = 5.0
+"""Processes of a start that was ended may take a moment to be gone."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run, and what the ones before it came to."""
+
+    time: float
+    """Unix time of the command's start."""
+    step: int
+    """Of the checkpoint that it goes on from; 0 without one."""
+    world_size: int
+    restarts: int = 0
+    """Starts before this one."""
+    steps_lost: int = 0
+    """Steps that earlier starts computed and no checkpoint kept."""
+    occupied_s: float = 0.0
+    """Seconds for which the processes of earlier starts lived, as far as rank 0's last sign of life."""
 
 
 class RunDir:
@@ -28,12 +54,15 @@ class RunDir:
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
+        self.heartbeats = self.path / "heartbeats"
+        self.logs = self.path / "logs"
+        self.starts = self.path / "starts.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self._lock: IO[str] | None = None
 
     def rank_log(self, rank: int) -> Path:
-        return self.path / "logs" / f"rank_{rank}.log"
+        return self.logs / f"rank_{rank}.log"
 
     def claim(self) -> None:
         """Make the folder and lock it for this process, until that ends, however it ends.
@@ -42,14 +71,15 @@ class RunDir:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.rank_log(0).parent.mkdir(exist_ok=True)
+            self.logs.mkdir(exist_ok=True)
+            self.heartbeats.mkdir(exist_ok=True)
             lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held open for as long as the process lives
         except OSError as error:
             raise UserError(
                 f"cannot write to run_dir={self.path} ({error.strerror}: {error.filename}): choose another run_dir"
             ) from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 log.warning(f"{self.path} cannot be locked ({error.strerror}): see to it that only one run uses it")
@@ -63,25 +93,74 @@ class RunDir:
         lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         self._lock = lock
+        for path in self.checkpoints.glob("*.tmp"):  # what a kill in the middle of a write left
+            path.unlink(missing_ok=True)
+
+    def note_start(self, began: float, step: int, world_size: int, last_seen: tuple[float, int] | None) -> Start:
+        """Add a row to starts.jsonl for a start at unix time `began`, which goes on from `step`.
+
+        `last_seen`: when the start before it last gave a sign of life, and at which step, if it did.
+        """
+        start = Start(began, step, world_size)
+        before = self._last_start()
+        if before:
+            end, reached = last_seen or (before.time, before.step)
+            lost = before.steps_lost + max(0, reached - step)
+            occupied_s = before.occupied_s + max(0.0, end - before.time)
+            start = Start(began, step, world_size, before.restarts + 1, lost, occupied_s)
+        with open(self.starts, "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(start)) + "\n")
+        return start
+
+    def _last_start(self) -> Start | None:
+        try:
+            lines = self.starts.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return None
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError, TypeError):  # a crash may have left half a line
+                return Start(**json.loads(line))
+        return None
 
     def write_config(self, text: str) -> None:
         """Keep the resolved config."""
         (self.path / "config.yaml").write_text(text)
 
     @contextlib.contextmanager
-    def keeping_status(self) -> Iterator[None]:
-        """`running` during the body; then `finished`, or `failed` with the reason."""
-        self.write_status("running")
+    def recording_failure(self, is_lost_peer: Callable[[BaseException], bool]) -> Iterator[None]:
+        """On every rank: the status becomes `failed: REASON` if the body raises, with the reason of the first that does.
+
+        But not for the error of a rank whose peers are gone. Theirs is the reason; or they were killed, and `running` stays.
+        """
         try:
             yield
-        except BaseException as error:
-            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
-            self.write_status(f"failed: {reason.splitlines()[0]}")
+        except Exception as error:
+            if not is_lost_peer(error) and not self.read_status().startswith("failed"):
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                self.write_status(f"failed: {reason}")
             raise
-        self.write_status("finished")
+
+    def read_status(self) -> str:
+        try:
+            return (self.path / "status").read_text().strip()
+        except OSError:
+            return ""
 
     def write_status(self, status: str) -> None:
         try:
             (self.path / "status").write_text(status + "\n")
         except OSError as error:
             log.warning(f"cannot write {self.path / 'status'} ({error.strerror}); the status is: {status}")
+
+
+def _lock(file: IO[str]) -> None:
+    """Lock `file`. Raises `OSError` if it cannot be, or if another process holds it for longer than `CLAIM_PATIENCE_S`."""
+    deadline = time.monotonic() + CLAIM_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)

@@ -1,18 +1,24 @@
 """Where a run's scalars go: TensorBoard and metrics.jsonl, on rank 0; nowhere, on the others."""
 
+import contextlib
+import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ddp_cifar.log import log
 
+Scalars = Mapping[str, float | str]
+"""Numbers by tag, such as `train/loss`; and words, such as a checksum, which metrics.jsonl has and TensorBoard has not."""
+
 
 class Tracker(Protocol):
-    """Takes scalars by tag, such as `train/loss`, and the step they belong to."""
+    """Takes scalars and the step they belong to."""
 
-    def log(self, scalars: Mapping[str, float], step: int) -> None: ...
+    def log(self, scalars: Scalars, step: int) -> None: ...
 
     def log_text(self, tag: str, text: str, step: int) -> None: ...
 
@@ -22,7 +28,7 @@ class Tracker(Protocol):
 class NullTracker:
     """Keeps nothing: every rank but 0 has one, so that the loop need not ask which rank it is on."""
 
-    def log(self, scalars: Mapping[str, float], step: int) -> None:
+    def log(self, scalars: Scalars, step: int) -> None:
         pass
 
     def log_text(self, tag: str, text: str, step: int) -> None:
@@ -33,16 +39,20 @@ class NullTracker:
 
 
 class JsonLinesTracker:
-    """A JSON object a row: `step`, then the scalars. A number that JSON cannot hold (nan, inf) is null."""
+    """A JSON object a row: `step`, then the scalars. A number that JSON cannot hold (nan, inf) is null.
 
-    def __init__(self, path: Path, start_step: int) -> None:
-        _cut_after(path, start_step)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+    What cannot be written, as on a full disk, is kept and written as soon as it can be.
+    """
 
-    def log(self, scalars: Mapping[str, float], step: int) -> None:
-        row = {tag: value if math.isfinite(value) else None for tag, value in scalars.items()}
-        self.file.write(json.dumps({"step": step} | row) + "\n")
-        self.file.flush()
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self.unwritten = b""
+
+    def log(self, scalars: Scalars, step: int) -> None:
+        row = {tag: None if _is_no_json(value) else value for tag, value in scalars.items()}
+        self.unwritten += (json.dumps({"step": step} | row) + "\n").encode()
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
     def log_text(self, tag: str, text: str, step: int) -> None:
         pass
@@ -52,31 +62,53 @@ class JsonLinesTracker:
 
 
 class TensorBoardTracker:
-    """Event files for TensorBoard. After a resume, `purge_step` hides what an earlier start logged past its checkpoint."""
+    """Event files for TensorBoard, which hides what earlier files have at `purge_step` and later.
 
-    def __init__(self, folder: Path, start_step: int) -> None:
+    Where a file cannot be written, as on a full disk, a new one is begun; points in between are in metrics.jsonl alone.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # here, as it takes a second to import
 
-        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        self.open = functools.partial(SummaryWriter, str(folder))
+        self.writer = self.open(purge_step=purge_step)
+        threading.excepthook = _let_writers_fail
 
-    def log(self, scalars: Mapping[str, float], step: int) -> None:
-        for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, step)
+    def log(self, scalars: Scalars, step: int) -> None:
+        with self._anew_if_broken():
+            for tag, value in scalars.items():
+                if not isinstance(value, str):
+                    self.writer.add_scalar(tag, value, step)
 
     def log_text(self, tag: str, text: str, step: int) -> None:
-        self.writer.add_text(tag, text, step)
+        with self._anew_if_broken():
+            self.writer.add_text(tag, text, step)
 
     def close(self) -> None:
         self.writer.close()
 
+    @contextlib.contextmanager
+    def _anew_if_broken(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.writer = self.open()
+            raise
+
+
+def _let_writers_fail(failure: threading.ExceptHookArgs) -> None:
+    """Python's own `threading.excepthook`, but for an event file that could not be written: the next `log` raises that."""
+    if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard.")):
+        threading.__excepthook__(failure)
+
 
 class _All:
-    """Passes everything on to several trackers. One that can no longer write is named once and left: training goes on."""
+    """Passes everything on to several trackers. Where one cannot write, a warning says so each time: training goes on."""
 
     def __init__(self, *trackers: Tracker) -> None:
-        self.trackers = list(trackers)
+        self.trackers = trackers
 
-    def log(self, scalars: Mapping[str, float], step: int) -> None:
+    def log(self, scalars: Scalars, step: int) -> None:
         self._each(lambda tracker: tracker.log(scalars, step))
 
     def log_text(self, tag: str, text: str, step: int) -> None:
@@ -86,32 +118,44 @@ class _All:
         self._each(lambda tracker: tracker.close())
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
-        for tracker in list(self.trackers):
+        for tracker in self.trackers:
             try:
                 call(tracker)
             except OSError as error:
-                self.trackers.remove(tracker)
-                log.warning(
-                    f"{type(tracker).__name__} stops at an error of writing ({error.strerror}); training goes on"
-                )
+                log.warning(f"{type(tracker).__name__} could not write ({error.strerror}); training goes on")
 
 
-def build_tracker(metrics: Path, tensorboard: Path, start_step: int) -> Tracker:
-    """JSON lines in the file `metrics` and event files in the folder `tensorboard`, going on after `start_step`."""
-    return _All(JsonLinesTracker(metrics, start_step), TensorBoardTracker(tensorboard, start_step))
+def build_tracker(metrics: Path, tensorboard: Path, step: int, epoch: int = 0) -> Tracker:
+    """JSON lines in the file `metrics` and event files in the folder `tensorboard`, going on after `step` steps.
+
+    Of what was logged before stays what belongs to these steps, and to the `epoch` epochs that are completed: the run will
+    log the rest again.
+    """
+    kept = _cut(metrics, step, epoch)
+    # of what is at `step` itself some may go (an epoch's row) and some stay, which purging cannot tell apart
+    events = TensorBoardTracker(tensorboard, purge_step=step)
+    for row in kept:
+        if row["step"] == step:
+            events.log({tag: value for tag, value in row.items() if tag != "step" and value is not None}, step)
+    return _All(JsonLinesTracker(metrics), events)
 
 
-def _cut_after(path: Path, step: int) -> None:
-    """Drop the rows past `step`, which the run will log again, and a last row that a crash left unfinished."""
+def _cut(path: Path, step: int, epoch: int) -> list[dict[str, Any]]:
+    """Drop the rows past `step` or `epoch`, and a last one that a crash left unfinished; returns the others."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    lines, rows = [], []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            if line.endswith("\n") and row["step"] <= step and row.get("train/epoch", 0) <= epoch:
+                lines.append(line)
+                rows.append(row)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(path)
+    return rows
+
+
+def _is_no_json(value: float | str) -> bool:
+    return not isinstance(value, str) and not math.isfinite(value)
