@@ -1,7 +1,9 @@
 """Train a network: `[torchrun ...] python -m ddp_cifar.train [CONFIG.yaml] [key=value ...]`."""
 
 import contextlib
+import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,20 +17,22 @@ from ddp_cifar.checkpoint import (
     load_init,
     load_weights,
 )
-from ddp_cifar.command import EXIT_SAVE_FAILED, run_command
-from ddp_cifar.config import Config, Tables, load_config, to_yaml
+from ddp_cifar.command import EXIT_SAVE_FAILED, record_error, run_command
+from ddp_cifar.config import Config, Tables, TrainConfig, load_config, to_yaml
 from ddp_cifar.data import DATASETS, build_dataset
 from ddp_cifar.data.dataset import DataSet
 from ddp_cifar.data.loader import EvalLoader, TrainLoader
 from ddp_cifar.data.sampler import StepSampler, check_batch_size, plan_batches
-from ddp_cifar.distributed import World, bf16_is_native, open_world, place_from_environment
+from ddp_cifar.distributed import World, bf16_is_native, is_lost_peer, open_world, place_from_environment
 from ddp_cifar.errors import UserError
+from ddp_cifar.heartbeat import Heartbeat, read_sign
 from ddp_cifar.log import log, log_to_file
 from ddp_cifar.models import MODELS
 from ddp_cifar.optim import OPTIMIZERS, build_optimizer
-from ddp_cifar.run_dir import RunDir
+from ddp_cifar.run_dir import RunDir, Start
 from ddp_cifar.seeding import derive_seed
-from ddp_cifar.tracking import Tracker, build_tracker
+from ddp_cifar.stopping import Requests
+from ddp_cifar.tracking import NullTracker, Tracker, build_tracker
 from ddp_cifar.trainer import Progress, Trainer
 
 TABLES: Tables = {"data.name": DATASETS, "model.name": MODELS, "optim.name": OPTIMIZERS}
@@ -36,12 +40,18 @@ TABLES: Tables = {"data.name": DATASETS, "model.name": MODELS, "optim.name": OPT
 
 def main(argv: Sequence[str]) -> int:
     """Train as `argv` says, and return the exit status."""
+    began = time.time()
     config = load_config(argv, TABLES)
-    check_batch_size(config.train, place_from_environment()[1])
-    with open_world(config.device, config.backend) as world:
-        run_dir = RunDir(config.run_dir)
+    rank, world_size = place_from_environment()
+    check_batch_size(config.train, world_size)
+    run_dir = RunDir(config.run_dir)
+    with (
+        Requests(run_dir.path if rank == 0 else None, find_deadline(config.train, began)) as requests,
+        open_world(config.device, config.backend) as world,
+    ):
         world.on_main(run_dir.claim)
         log_to_file(run_dir.rank_log(world.rank), world.rank, world.world_size)
+        use_deterministic_kernels(config.train.deterministic)
 
         checkpoints = (Checkpoints if world.is_main else NullCheckpoints)(run_dir.checkpoints, config.checkpoint.keep)
         resumed = world.on_main(lambda: find_checkpoint(config.resume, checkpoints))
@@ -65,25 +75,68 @@ def main(argv: Sequence[str]) -> int:
         if resumed:
             trainer.load_state_dict(resumed.state, source=str(resumed.path))
             log.info(f"going on from {resumed.path}: {progress}")
+        start, tracker = None, contextlib.closing[Tracker](NullTracker())
         if world.is_main:
-            with contextlib.closing(start_records(run_dir, config, progress.step)) as tracker, run_dir.keeping_status():
-                trainer.fit(tracker)
+            start, tracker = start_records(run_dir, config, world, began, progress)
+        heartbeat = Heartbeat(run_dir.heartbeats, run_dir.logs, world, config.train.hang_timeout_s)
+        requests.catch_signals()
+        with heartbeat, tracker as open_tracker, run_dir.recording_failure(is_lost_peer):
+            reason = trainer.fit(open_tracker, requests, heartbeat, start)
+
+        def end() -> int:
+            """Say how the run ended, once all of it is on the disk; returns the exit status."""
+            run_dir.write_status("stopped" if reason else "finished")
+            requests.stopped()
+            return EXIT_SAVE_FAILED if checkpoints.failed_saves else 0
+
+        status = world.on_main(end)
+        if reason:
+            log.info(f"stopped by {reason}: {trainer.progress}. The same command goes on from there")
         else:
-            trainer.fit()
-        log.info(f"finished: {trainer.progress}")
+            log.info(f"finished: {trainer.progress}")
         log.info(f"in {run_dir.path}: checkpoints/, metrics.jsonl, tensorboard/ (tensorboard --logdir {run_dir.path})")
-    return EXIT_SAVE_FAILED if checkpoints.failed_saves else 0
+        if status and world.is_main:
+            message = (
+                f"{checkpoints.failed_saves} checkpoints could not be saved (the warnings above say why); "
+                f"the last good one is {checkpoints.last_good or 'none'}"
+            )
+            log.error(message)
+            record_error(message)
+    return status
 
 
-def start_records(run_dir: RunDir, config: Config, start_step: int) -> Tracker:
-    """Write the config and open the trackers. Raises `UserError` if run_dir cannot be written."""
+def find_deadline(train: TrainConfig, began: float) -> float | None:
+    """The unix time at which a command that began at `began` is asked to stop."""
+    given = [] if train.deadline is None else [train.deadline]
+    given += [] if train.max_hours is None else [began + 3600 * train.max_hours]
+    return min(given, default=None)
+
+
+def start_records(
+    run_dir: RunDir, config: Config, world: World, began: float, progress: Progress
+) -> tuple[Start, "contextlib.closing[Tracker]"]:
+    """Note the start, write config and status, and open the trackers. Raises `UserError` if run_dir cannot be written."""
+    sign = read_sign(run_dir.heartbeats, rank=0)
     try:
+        last_seen = (sign.time, sign.step) if sign else None
+        start = run_dir.note_start(began, progress.step, world.world_size, last_seen)
         run_dir.write_config(to_yaml(config))
-        tracker = build_tracker(run_dir.metrics, run_dir.tensorboard, start_step)
+        tracker = build_tracker(run_dir.metrics, run_dir.tensorboard, progress.step, progress.epoch)
     except OSError as error:
         raise UserError(f"cannot write to run_dir={run_dir.path} ({error.strerror}): choose another run_dir") from error
-    tracker.log_text("config", f"```yaml\n{to_yaml(config)}```", start_step)
-    return tracker
+    run_dir.write_status("running")
+    if start.restarts:
+        log.info(f"start {start.restarts + 1} of this run; {start.steps_lost} steps were lost so far")
+    tracker.log_text("config", f"```yaml\n{to_yaml(config)}```", progress.step)
+    return start, contextlib.closing(tracker)
+
+
+def use_deterministic_kernels(deterministic: bool) -> None:
+    """Have torch take only kernels that repeat their bits, and raise where an operation has none."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for, before its first use
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def build_trainer(

@@ -6,10 +6,13 @@ images divided by the images of the global batch, so that gradients add up to th
 
 import contextlib
 import dataclasses
+import math
+import socket
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +27,19 @@ from ddp_cifar.checkpoint import Checkpoints, State, load_weights
 from ddp_cifar.config import Config, TrainConfig, to_dict
 from ddp_cifar.data.loader import EvalLoader, MicroBatch, StepBatch, TrainLoader
 from ddp_cifar.distributed import World
-from ddp_cifar.errors import UserError
+from ddp_cifar.errors import RunError, UserError
+from ddp_cifar.fingerprint import fingerprint
+from ddp_cifar.heartbeat import Heartbeat, NullHeartbeat
 from ddp_cifar.log import log
-from ddp_cifar.metrics import Counter, PhaseTimer, Span, Totals
+from ddp_cifar.metrics import Counter, PhaseTimer, Span, Totals, ledger_numbers
 from ddp_cifar.optim import Schedule, load_optimizer_state
+from ddp_cifar.run_dir import Start
 from ddp_cifar.seeding import seed_dropout
-from ddp_cifar.tracking import NullTracker, Tracker
+from ddp_cifar.stopping import REASONS, Agreement, Requests
+from ddp_cifar.tracking import NullTracker, Scalars, Tracker
+
+STRAGGLER_FLOOR_US = 1000
+"""A rank that is slower by less than this, in microseconds a step, is no straggler."""
 
 
 @dataclass
@@ -42,8 +52,12 @@ class Progress:
     """Steps completed of the epoch that is under way."""
     step: int = 0
     """Steps completed in the run."""
+    evaluating: bool = False
+    """The steps of the epoch (or of the run) are done, their evaluation is not."""
     train: Totals = dataclasses.field(default_factory=Totals)
-    """Over the images of the epoch that is under way, as they were trained on."""
+    """Over the images of the epoch that is under way, as they were trained on, but for those in `window`."""
+    window: Totals = dataclasses.field(default_factory=Totals)
+    """Over the images since the last row of scalars."""
     results: dict[str, float] = dataclasses.field(default_factory=dict)
     """The scalars of the last evaluation, such as `test/accuracy`."""
     best_val_accuracy: float = -1.0
@@ -53,15 +67,16 @@ class Progress:
     """What the results depend on, but the config does not say: derived from the hardware and the number of ranks."""
 
     def is_finished(self, train: TrainConfig) -> bool:
-        """True where `train` asks for no step more."""
-        return self.epoch >= train.epochs or (train.max_steps is not None and self.step >= train.max_steps)
+        """True where `train` asks for no step more, and the last one is evaluated."""
+        enough = self.epoch >= train.epochs or (train.max_steps is not None and self.step >= train.max_steps)
+        return enough and not self.evaluating
 
     def state_dict(self) -> State:
         return dataclasses.asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():
-            setattr(self, name, Totals(**value) if name == "train" else value)
+            setattr(self, name, Totals(**value) if name in ("train", "window") else value)
 
     def __str__(self) -> str:
         names = {"train/accuracy": "training", "val/accuracy": "validation", "test/accuracy": "test"}
@@ -69,6 +84,27 @@ class Progress:
             f"{name} accuracy {100 * self.results[tag]:.2f}%" for tag, name in names.items() if tag in self.results
         ]
         return ", ".join([f"epoch {self.epoch}, step {self.step}", *accuracies])
+
+
+class Stopped(Exception):
+    """All ranks have agreed to leave; carries the reason."""
+
+
+class Report(NamedTuple):
+    """What a rank tells the others every `train.agree_every` steps: integers."""
+
+    reason: int
+    """Why it would stop: an index into `REASONS`."""
+    save: int
+    """1: it was asked for a checkpoint."""
+    fingerprint: int
+    """Of its weights, at the step that is a multiple of `train.check_replicas_every`."""
+    window: int
+    """The step of its last row of scalars, since which ..."""
+    own_us: int
+    """... a step took it so many microseconds of work that no other rank can hold up, of which ..."""
+    data_us: int
+    """... so many were the batch's."""
 
 
 class Trainer:
@@ -110,24 +146,96 @@ class Trainer:
         self.show_progress = show_progress
 
         conditions = {"precision": precision, "micro-batches a step": str(self.plan.num_micro_batches)}
+        conditions["torch"] = str(torch.__version__)
+        if world.device.type == "cpu":
+            conditions["threads a rank"] = str(torch.get_num_threads())
         self.progress = Progress(data=data, conditions=conditions)
         self.last_step = self.schedule.total_steps
         if config.train.max_steps is not None:
             self.last_step = min(self.last_step, config.train.max_steps)
         self.buffers = BufferMean(model, world, self.plan.num_micro_batches)
-        self.counter = Counter(world.device)
+        numbers = ledger_numbers(len(train.split.images)).to(world.device)
+        self.counter = Counter(world.device, numbers)
+        self.all_images = int(numbers[train.split.sample_ids].sum())
+        self.norms: list[Tensor] = []
         self.timer = PhaseTimer(world.device)
         self.epoch, self.window = Span(), Span()
+
+        self.tracker: Tracker = NullTracker()
+        self.requests = Requests()
+        self.heartbeat: Heartbeat | NullHeartbeat = NullHeartbeat()
+        self.start: Start | None = None
+        self.agreement = Agreement(world, config.train.agree_every)
+        self.report = Report(0, 0, 0, 0, 0, 0)
+        self.save_due = False
+        self.slow_since: dict[int, int] = {}
+        self.reported: set[int] = set()
+        self.checked_at = 0
+        self.last_norm = 0.0
+        self.resumed_at = self.saved_at = time.perf_counter()
+        self.productive_s = 0.0
         self._settle_buckets()
 
     # -- a run
 
-    def fit(self, tracker: Tracker | None = None) -> None:
-        """Train from where `progress` is to the last step; `tracker` gets the scalars."""
-        self.tracker = tracker or NullTracker()
-        while self.progress.step < self.last_step:
-            self.train_epoch()
-            self.finish_epoch()
+    def fit(
+        self,
+        tracker: Tracker | None = None,
+        requests: Requests | None = None,
+        heartbeat: Heartbeat | None = None,
+        start: Start | None = None,
+    ) -> str:
+        """Train from where `progress` is to the last step, or until ranks agree to stop; returns why, or "" at the end.
+
+        `tracker` gets the scalars. `requests` are what this rank is asked meanwhile, `heartbeat` its signs of life.
+        `start` says what the run went through before. Raises `RunError` on every rank if the run cannot go on.
+        """
+        self.tracker = tracker or self.tracker
+        self.requests = requests or self.requests
+        self.heartbeat = heartbeat or self.heartbeat
+        self.start = start
+        self.resumed_at = self.saved_at = time.perf_counter()
+        reason = ""
+        try:
+            with self.heartbeat.watching():
+                try:
+                    while not self.progress.is_finished(self.config.train):
+                        self.train_epoch()
+                        self.finish_epoch()
+                except Stopped as stopped:
+                    reason = str(stopped)
+                    self.checkpoints.finish()  # this one must be kept, however long an earlier one takes
+                    self.save()
+                self.agreement.finish()
+        finally:
+            self.checkpoints.finish()
+        return reason
+
+    def poll(self) -> None:
+        """After each step, and each batch of an evaluation: learn what all ranks were asked, and act on it as all do.
+
+        Raises `Stopped` on every rank at the same call, or `RunError`.
+        """
+        self.heartbeat.beat(self.progress.step)
+        reports = self.agreement.poll(self._say)
+        if not reports:
+            return
+        everyone = [Report(*numbers) for numbers in reports]
+        self._compare_replicas(everyone)
+        self._look_for_stragglers(everyone)
+        self.save_due |= any(report.save for report in everyone)
+        for rank, report in enumerate(everyone):
+            if report.reason:
+                reason = REASONS[report.reason]
+                raise Stopped(reason if self.world.world_size == 1 else f"{reason} (rank {rank})")
+
+    def save(self, is_best: bool = False) -> None:
+        """Keep the state as it is; every rank must call it. Training goes on while rank 0 writes."""
+        self._check_gradients()
+        self.progress.window += self.counter.reduce(self.world)
+        self.save_due = False
+        self.saved_at = time.perf_counter()
+        self.checkpoints.save(self.state_dict(), self.progress.step, is_best)
 
     def state_dict(self) -> State:
         """All that a run needs to go on: plain dicts, lists, tensors, numbers and strings."""
@@ -136,6 +244,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "progress": self.progress.state_dict(),
             "config": to_dict(self.config),
+            "productive_s": self._productive_s(),
         }
         if self.ema:
             state["ema"] = self.ema.module.state_dict()
@@ -146,7 +255,10 @@ class Trainer:
     def load_state_dict(self, state: State, source: str) -> None:
         """Go on from a state. Raises `UserError`, which names `source`, if its data or its weights are not this run's."""
         before, now = Progress(), self.progress
-        before.load_state_dict(state["progress"])
+        try:
+            before.load_state_dict(state["progress"])
+        except TypeError as error:
+            raise UserError(f"{source} was made by another version of ddp_cifar ({error}): use that one") from error
         if before.data != now.data:
             raise UserError(
                 f"{source} was made with other data ({before.data}) than is here ({now.data}): "
@@ -164,13 +276,15 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         before.conditions = now.conditions
         self.progress = before
+        self.productive_s = state.get("productive_s", 0.0)
 
     # -- an epoch
 
     def train_epoch(self) -> None:
         """Train to the epoch's end, or to the run's last step where that comes first."""
-        progress, log_every = self.progress, self.config.train.log_every
+        progress, log_every, save_every = self.progress, self.config.train.log_every, self.config.checkpoint.every_steps
         steps = min(self.plan.steps_per_epoch, progress.step_in_epoch + self.last_step - progress.step)
+        progress.evaluating = False
         self.model.train()
         self.epoch, self.window = Span(), Span()
         batches = self.timer.timed("data", self.train.steps(progress.epoch, progress.step_in_epoch))
@@ -187,44 +301,58 @@ class Trainer:
                 bar.update()
                 if progress.step % log_every == 0:
                     self.log_window()
-        progress.train += self.counter.reduce(self.world)
+                progress.evaluating = progress.step_in_epoch == steps
+                self.save_due |= save_every is not None and progress.step % save_every == 0
+                self.poll()
+                if self.save_due and not progress.evaluating:  # else after the evaluation
+                    self.save()
+        progress.evaluating = True
         self.epoch_seconds = self.epoch.seconds
+        self._check_gradients()
+        self._check_losses(self.counter.reduce(self.world))
         self.timer.read()
 
     def finish_epoch(self) -> None:
-        """Evaluate, print the article's line, and save, each when it is due."""
+        """Check that each image was counted once, evaluate, print the article's line, and save, each when it is due."""
         config, progress = self.config, self.progress
         ended = progress.step_in_epoch == self.plan.steps_per_epoch
         is_last = progress.step == self.last_step
         number = progress.epoch + 1
+        totals = progress.train + progress.window
+        if ended:
+            self._check_ledger(totals)
 
-        scalars = {"train/epoch": number, "train/epoch_loss": progress.train.mean_loss}
-        scalars["train/epoch_images_per_s"] = self.epoch.images / self.epoch_seconds
+        scalars: dict[str, float | str] = {"train/epoch": number, "train/epoch_loss": totals.mean_loss}
+        scalars |= {"ledger/images": totals.images, "ledger/sum": f"{totals.ledger:016x}"}
+        if self.epoch.images:  # else only the evaluation was left to do
+            scalars["train/epoch_images_per_s"] = self.epoch.images / self.epoch_seconds
         scalars["time/epoch_s"] = self.epoch_seconds
-        evaluated = is_last or number % config.eval.every == 0
         is_best = False
-        if evaluated:
+        if is_last or number % config.eval.every == 0:
             started = time.perf_counter()
-            progress.results = {"train/accuracy": progress.train.accuracy}
+            results = {"train/accuracy": totals.accuracy}
             if config.eval.train_accuracy == "full":
-                progress.results["train/accuracy"] = self.evaluate(self.train, augmented=True).accuracy
+                results["train/accuracy"] = self.evaluate(self.train, augmented=True).accuracy
             for name, loader in (("val", self.val), ("test", self.test)):
                 if loader is not None:
-                    totals = self.evaluate(loader)
-                    progress.results |= {f"{name}/loss": totals.mean_loss, f"{name}/accuracy": totals.accuracy}
-            scalars |= progress.results | {"time/evaluation_s": time.perf_counter() - started}
-            val_accuracy = progress.results.get("val/accuracy", -1.0)
+                    found = self.evaluate(loader)
+                    results |= {f"{name}/loss": found.mean_loss, f"{name}/accuracy": found.accuracy}
+            scalars |= results | {"time/evaluation_s": time.perf_counter() - started}
+            # all at once: a stop in the middle of an evaluation leaves what was before it
+            progress.results = results
+            val_accuracy = results.get("val/accuracy", -1.0)
             is_best = val_accuracy > progress.best_val_accuracy
             progress.best_val_accuracy = max(val_accuracy, progress.best_val_accuracy)
-        self.tracker.log(scalars, progress.step)
+        self.tracker.log(scalars | self._survival(), progress.step)
         log.info(_epoch_line(scalars, "" if ended else f" (to step {progress.step})"))
 
+        progress.evaluating = False
         if ended:
             progress.epoch += 1
             progress.step_in_epoch = 0
-            progress.train = Totals()
-        if is_last or is_best or number % config.checkpoint.every_epochs == 0:
-            self.checkpoints.save(self.state_dict(), progress.step, is_best)
+            progress.train = progress.window = Totals()
+        if is_last or is_best or self.save_due or number % config.checkpoint.every_epochs == 0:
+            self.save(is_best)
 
     # -- a step
 
@@ -233,45 +361,63 @@ class Trainer:
         self.lr = self.schedule.before_step(self.progress.step)
         self.buffers.begin_step()
         self.optimizer.zero_grad(set_to_none=True)
+        skips = self.config.train.on_nonfinite == "skip"
+        kept = [buffer.clone() for buffer in self.model.buffers()] if skips else []
         last = len(batch) - 1
         for position, micro_batch in enumerate(self.timer.timed("data", batch)):
             # ranks exchange gradients once a step, in the last micro-batch's backward
-            with self.timer.phase("compute"), contextlib.nullcontext() if position == last else self.ddp.no_sync():
-                self.forward_backward(micro_batch, batch.num_images, is_last=position == last)
+            try:
+                with contextlib.nullcontext() if position == last else self.ddp.no_sync():
+                    self.forward_backward(micro_batch, batch.num_images, is_last=position == last)
+            except torch.OutOfMemoryError:
+                message = self._out_of_memory()
+                raise UserError(message) from None
         with self.timer.phase("optimizer"):
             self.scaler.unscale_(self.optimizer)
-            if self.config.train.clip_norm is not None:
-                self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            if self.ema:
-                self.ema.update_parameters(self.model)
-                for average, buffer in zip(self.ema.module.buffers(), self.model.buffers(), strict=True):
-                    if not buffer.is_floating_point():
-                        average.copy_(buffer)  # a count has no average
+            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            self.norms.append(norm)
+            if skips and not self.scaler.is_enabled() and not torch.isfinite(norm):
+                log.warning(f"step {self.progress.step + 1}: the gradient's norm is {norm:g}; its update is left out")
+                _restore(self.model.buffers(), kept)
+            else:
+                self.update(norm)
         self.progress.step += 1
         self.progress.step_in_epoch += 1
         for span in (self.epoch, self.window):
             span.steps += 1
             span.images += batch.num_images
 
+    def update(self, norm: Tensor) -> None:
+        """Change the weights by the step's gradients, whose norm is `norm`."""
+        if self.config.train.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.train.clip_norm, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema:
+            self.ema.update_parameters(self.model)
+            for average, buffer in zip(self.ema.module.buffers(), self.model.buffers(), strict=True):
+                if not buffer.is_floating_point():
+                    average.copy_(buffer)  # a count has no average
+
     def forward_backward(self, micro_batch: MicroBatch, step_images: int, *, is_last: bool) -> None:
         """Add a micro-batch's part to the gradients of a step that has `step_images` images over all ranks."""
-        # dropout by the micro-batch's place in the run, so that it is the same on whatever rank
-        seed_dropout(self.world.device, self.config.seed, self.progress.step, micro_batch.index)
-        self.buffers.begin_micro_batch()
-        with self.autocast():
-            logits = self.ddp(micro_batch.images)
-        smoothing = self.config.train.label_smoothing
-        losses = F.cross_entropy(logits.float(), micro_batch.labels, reduction="none", label_smoothing=smoothing)
-        self.buffers.end_micro_batch(weight=len(losses) / step_images)
-        set_buffers = self.buffers.start_reducing() if is_last else None
-        # DDP divides the sum over ranks by their number, which here is in step_images already
-        loss = losses.sum() * (self.world.world_size / step_images)
-        self.scaler.scale(loss).backward()
-        self.counter.add(losses.detach(), logits.detach(), micro_batch.labels)
-        if set_buffers:
-            set_buffers()
+        with self.timer.phase("forward"):
+            # dropout by the micro-batch's place in the run, so that it is the same on whatever rank
+            seed_dropout(self.world.device, self.config.seed, self.progress.step, micro_batch.index)
+            self.buffers.begin_micro_batch()
+            with self.autocast():
+                logits = self.ddp(micro_batch.images)
+            smoothing = self.config.train.label_smoothing
+            losses = F.cross_entropy(logits.float(), micro_batch.labels, reduction="none", label_smoothing=smoothing)
+            self.buffers.end_micro_batch(weight=len(losses) / step_images)
+            self.counter.add(losses.detach(), logits.detach(), micro_batch.labels, micro_batch.sample_ids)
+        with self.timer.phase("backward"):  # in which ranks wait for each other
+            set_buffers = self.buffers.start_reducing() if is_last else None
+            # DDP divides the sum over ranks by their number, which here is in step_images already
+            loss = losses.sum() * (self.world.world_size / step_images)
+            self.scaler.scale(loss).backward()
+            if set_buffers:
+                set_buffers()
 
     def autocast(self) -> torch.autocast:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
@@ -279,23 +425,30 @@ class Trainer:
 
     def log_window(self) -> None:
         """A row of scalars over the steps since the last one, or since the epoch's start."""
-        norm = self.grad_norm if self.config.train.clip_norm is not None else self._grad_norm()
-        totals = self.counter.reduce(self.world)
-        self.progress.train += totals
+        norm = self._check_gradients()
+        self._check_losses(self.counter.reduce(self.world))
+        progress, totals = self.progress, self.progress.window
+        progress.train += totals
+        progress.window = Totals()
         seconds, steps = self.window.seconds, self.window.steps
-        phases = self.timer.read()
-        scalars = {
+        phases = {name: total / steps for name, total in self.timer.read().items()}
+        own_s = phases["data"] + phases["forward"] + phases["optimizer"]
+        self.report = self.report._replace(
+            window=progress.step, own_us=round(own_s * 1e6), data_us=round(phases["data"] * 1e6)
+        )
+        scalars: dict[str, float | str] = {
             "train/loss": totals.mean_loss,
             "train/batch_accuracy": totals.accuracy,
             "train/lr": self.lr,
-            "train/grad_norm": float(norm),
+            "train/grad_norm": norm,
             "train/images_per_s": self.window.images / seconds,
             "time/step_s": seconds / steps,
-            "time/data_s": phases["data"] / steps,
-            "time/forward_backward_s": phases["compute"] / steps,
-            "time/optimizer_s": phases["optimizer"] / steps,
+            "time/data_s": phases["data"],
+            "time/forward_s": phases["forward"],
+            "time/backward_s": phases["backward"],
+            "time/optimizer_s": phases["optimizer"],
         }
-        self.tracker.log(scalars, self.progress.step)
+        self.tracker.log(scalars | self._survival(), progress.step)
         self.window = Span()
 
     # -- an evaluation
@@ -314,19 +467,151 @@ class Trainer:
         model = self.ema.module if self.ema else self.model
         model.eval()
         counter = Counter(self.world.device)
-        for images, labels in loader.evaluation_batches(self.world, self.config.eval.batch_size, augmentations):
-            with self.autocast():
-                logits = model(images)
-            counter.add(F.cross_entropy(logits.float(), labels, reduction="none"), logits, labels)
+        for batch in loader.evaluation_batches(self.world, self.config.eval.batch_size, augmentations):
+            if batch:
+                images, labels = batch
+                with self.autocast():
+                    logits = model(images)
+                counter.add(F.cross_entropy(logits.float(), labels, reduction="none"), logits, labels)
+            self.poll()
         totals = counter.reduce(self.world)
         if totals.images != len(loader):
-            raise RuntimeError(f"evaluation counted {totals.images} images of {len(loader)}")
+            raise RunError(f"the evaluation counted {totals.images} images of {len(loader)}")
         return totals
+
+    # -- what ranks tell each other
+
+    def _say(self) -> Report:
+        """This rank's report."""
+        config, saves = self.config, self.config.checkpoint
+        minutes = saves.every_minutes
+        due = minutes is not None and time.perf_counter() - self.saved_at >= 60 * minutes
+        save = self.requests.take_save() or (due and self.world.is_main)
+        every = config.train.check_replicas_every
+        if every is not None and self.world.world_size > 1 and self.progress.step - self.checked_at >= every:
+            self.checked_at = self.progress.step
+            self.report = self.report._replace(fingerprint=fingerprint(self.model))
+        reason = REASONS.index(self.requests.reason)
+        return self.report._replace(reason=reason, save=int(save))
+
+    def _compare_replicas(self, everyone: list[Report]) -> None:
+        """Raise if ranks hold unlike weights."""
+        prints = [report.fingerprint for report in everyone]
+        if len(set(prints)) > 1:
+            common = max(prints, key=prints.count)
+            others = ", ".join(f"rank {rank}" for rank, value in enumerate(prints) if value != common)
+            self._fail(f"the weights of {others} are not those of the other ranks, by step {self.progress.step}")
+
+    def _look_for_stragglers(self, everyone: list[Report]) -> None:
+        """Warn, once a rank, of one whose own work took far longer than the others' in the same steps."""
+        factor = self.config.train.straggler_factor
+        if factor is None or self.world.world_size == 1 or len({report.window for report in everyone}) > 1:
+            return
+        window = everyone[0].window
+        for rank, report in enumerate(everyone):
+            others = statistics.median(other.own_us for i, other in enumerate(everyone) if i != rank)
+            if report.own_us <= max(factor * others, others + STRAGGLER_FLOOR_US):
+                self.slow_since.pop(rank, None)
+            elif self.slow_since.setdefault(rank, window) < window and rank not in self.reported:
+                # in two windows one after another: in one, anything may have come between
+                self.reported.add(rank)
+                if rank == self.world.rank:
+                    log.warning(
+                        f"this rank, on {socket.gethostname()}, is slow: to step {report.window} a step took it "
+                        f"{report.own_us / 1000:.1f} ms of its own work ({report.data_us / 1000:.1f} ms of it for data), "
+                        f"the other ranks {others / 1000:.1f} ms; all wait for it"
+                    )
+
+    # -- what can go wrong
+
+    def _check_gradients(self) -> float:
+        """The norm of the last gradient; raises if one since the last call is not finite. Waits for the device."""
+        if not self.norms:
+            return self.last_norm
+        norms = torch.stack(self.norms).tolist()
+        self.norms.clear()
+        self.last_norm = norms[-1]
+        bad = [i for i, norm in enumerate(norms) if not math.isfinite(norm)]
+        # a scaled fp16 gradient overflows now and then, and the scaler leaves its update out
+        if bad and self.config.train.on_nonfinite == "stop" and not self.scaler.is_enabled():
+            first = self.progress.step - len(norms) + 1
+            self._fail(
+                f"the gradient of step {first + bad[0]} is not finite ({norms[bad[0]]}), {len(bad)} of those of steps "
+                f"{first} to {self.progress.step} are not"
+            )
+        return self.last_norm
+
+    def _check_losses(self, new: Totals) -> None:
+        """Count `new` images to the window; raises where the loss of one is not finite."""
+        self.progress.window += new
+        if new.nonfinite and self.config.train.on_nonfinite == "stop":
+            where = self.world.gather([self.counter.own_nonfinite()])
+            ranks = ", ".join(f"{count} on rank {rank}" for rank, (count,) in enumerate(where) if count)
+            self._fail(f"the loss of {new.nonfinite} images is not finite, by step {self.progress.step} ({ranks})")
+
+    def _check_ledger(self, totals: Totals) -> None:
+        """Raise unless the epoch's images were each counted once."""
+        if (totals.images, totals.ledger) != (len(self.train), self.all_images):
+            self._fail(
+                f"the ledger of epoch {self.progress.epoch + 1} does not balance: {totals.images} images with the sum "
+                f"{totals.ledger:016x} were trained on, expected each of {len(self.train)} once, {self.all_images:016x}"
+            )
+
+    def _fail(self, what: str) -> NoReturn:
+        """End the run, on all ranks alike: every one of them must call it."""
+
+        def last_good() -> str | None:
+            self.checkpoints.finish()
+            return str(self.checkpoints.last_good) if self.checkpoints.last_good else None
+
+        saved = self.world.on_main(last_good)
+        raise RunError(
+            f"{what}; " + (f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet")
+        )
+
+    def _out_of_memory(self) -> str:
+        """The error of one line, with the largest micro-batch size that a trial shows to fit."""
+        plan = self.plan
+        smaller = [
+            size
+            for size in range(plan.micro_batch_size - 1, 0, -1)
+            if plan.global_batch_size % size == 0 and plan.global_batch_size // size % plan.world_size == 0
+        ]
+        fits = next((size for size in smaller if self._fits(size)), None)
+        advice = f"{fits} would fit" if fits else "no smaller one fits either, use a GPU with more memory"
+        return f"the memory of {self.world.device} ran out at train.micro_batch_size={plan.micro_batch_size}: {advice}"
+
+    def _fits(self, size: int) -> bool:
+        """True if there is memory for a micro-batch of `size` images."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            images = torch.zeros(size, *self.train.image_shape, device=self.world.device)
+            with self.autocast():
+                logits = self.model(images.to(memory_format=self.train.memory_format))
+            # not `backward`, which would have DDP wait for the other ranks
+            torch.autograd.grad(logits.float().sum(), list(self.model.parameters()))
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     # -- insides
 
-    def _grad_norm(self) -> Tensor:
-        return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+    def _productive_s(self) -> float:
+        """Seconds that advanced the run, as far as it is kept: of steps and evaluations, not of waiting for saves."""
+        return self.productive_s + time.perf_counter() - self.resumed_at - self.checkpoints.waited_s
+
+    def _survival(self) -> dict[str, float | str]:
+        """What the run went through, with the share of its processes' time that advanced it."""
+        if not self.start:
+            return {}
+        occupied = self.start.occupied_s + time.time() - self.start.time
+        return {
+            "run/restarts": self.start.restarts,
+            "run/steps_lost": self.start.steps_lost,
+            "run/goodput": self._productive_s() / occupied,
+        }
 
     def _settle_buckets(self) -> None:
         """One backward pass thrown away, after which DDP has its final buckets.
@@ -343,17 +628,24 @@ class Trainer:
             logits = self.ddp(images)
         logits.float().sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for buffer, before in zip(self.model.buffers(), kept, strict=True):
-                buffer.copy_(before)
+        _restore(self.model.buffers(), kept)
 
 
-def _epoch_line(scalars: Mapping[str, float], note: str) -> str:
+@torch.no_grad()
+def _restore(tensors: Iterable[Tensor], kept: Sequence[Tensor]) -> None:
+    for tensor, before in zip(tensors, kept, strict=True):
+        tensor.copy_(before)
+
+
+def _epoch_line(scalars: Scalars, note: str) -> str:
     """The article's four fields, and the speed."""
-    parts = [f"Iteration: {scalars['train/epoch']:.0f}{note}", f"Loss: {scalars['train/epoch_loss']:.4f}"]
+    values = {tag: float(value) for tag, value in scalars.items() if not isinstance(value, str)}
+    parts = [f"Iteration: {values['train/epoch']:.0f}{note}", f"Loss: {values['train/epoch_loss']:.4f}"]
     names = {"train/accuracy": "Training", "val/accuracy": "Validation", "test/accuracy": "Test"}
-    parts += [f"{name} accuracy: {100 * scalars[tag]:.2f}%" for tag, name in names.items() if tag in scalars]
-    seconds = f"{scalars['time/epoch_s']:.1f} s"
-    if "time/evaluation_s" in scalars:
-        seconds += f" + {scalars['time/evaluation_s']:.1f} s evaluation"
-    return " | ".join([*parts, f"{scalars['train/epoch_images_per_s']:.0f} images/s", seconds])
+    parts += [f"{name} accuracy: {100 * values[tag]:.2f}%" for tag, name in names.items() if tag in values]
+    seconds = f"{values['time/epoch_s']:.1f} s"
+    if "time/evaluation_s" in values:
+        seconds += f" + {values['time/evaluation_s']:.1f} s evaluation"
+    if "train/epoch_images_per_s" in values:
+        parts.append(f"{values['train/epoch_images_per_s']:.0f} images/s")
+    return " | ".join([*parts, seconds])

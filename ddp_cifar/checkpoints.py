@@ -1,0 +1,60 @@
+"""List a run's checkpoints, each read and verified: `python -m ddp_cifar.checkpoints RUN_DIR`."""
+
+import os
+from collections.abc import Sequence
+
+from ddp_cifar.checkpoint import Checkpoints, State, load_checkpoint
+from ddp_cifar.command import EXIT_FAILED, run_command
+from ddp_cifar.errors import UserError
+from ddp_cifar.run_dir import RunDir
+
+USAGE = "usage: python -m ddp_cifar.checkpoints RUN_DIR (or a folder of checkpoints)"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table; returns 0, or 1 if no checkpoint is good."""
+    if "-h" in argv or "--help" in argv:
+        print(USAGE)
+        return 0
+    if len(argv) != 1:
+        raise UserError(f"found {len(argv)} arguments, expected one; {USAGE}")
+    run_dir = RunDir(argv[0])
+    folder = run_dir.checkpoints if run_dir.checkpoints.is_dir() else run_dir.path
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: expected the run_dir of a run, or a folder of checkpoints")
+    paths = Checkpoints(folder, keep=1).paths()
+    if not paths:
+        raise UserError(f"there are no checkpoints in {folder}: expected files step_*.pt")
+    if status := run_dir.read_status():
+        print(f"{run_dir.path}: {status}")
+
+    links: dict[str, list[str]] = {}
+    for link in sorted(folder.glob("*.pt")):
+        if link.is_symlink():
+            links.setdefault(os.readlink(link), []).append(link.stem)
+    print(f"{'checkpoint':<18} {'step':>8} {'epoch':>8}  {'accuracy':<34} {'MB':>8}  verified")
+    good = 0
+    for path in paths:
+        try:
+            where, verified = _where(load_checkpoint(path)), "yes"
+            good += 1
+        except UserError as error:
+            where, verified = f"{'':>8} {'':>8}  {'':<34}", f"NO: {error}"
+        note = f" ({', '.join(links[path.name])})" if path.name in links else ""
+        print(f"{path.name:<18} {where} {path.stat().st_size / 1e6:>8.1f}  {verified}{note}")
+    return 0 if good else EXIT_FAILED
+
+
+def _where(state: State) -> str:
+    progress = state["progress"]
+    epoch = f"{progress['epoch']}" + (f"+{progress['step_in_epoch']}" if progress["step_in_epoch"] else "")
+    accuracies = [
+        f"{tag.removesuffix('/accuracy')} {100 * value:.2f} %"
+        for tag, value in progress["results"].items()
+        if tag.endswith("/accuracy")
+    ]
+    return f"{progress['step']:>8} {epoch:>8}  {', '.join(accuracies) or '-':<34}"
+
+
+if __name__ == "__main__":
+    run_command(main)
