@@ -4,13 +4,15 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: help install demo dashboard lint test test-all clean
+.PHONY: help install demo dashboard lint test test-all soak clean
+KILLS ?= 200
 
 help:
 	@echo "make demo       set up, then train on 2 processes with the embedded images (under two minutes after set-up)"
 	@echo "make dashboard  TensorBoard over runs/"
 	@echo "make test       set up, then lint and the fast tests (under 10 minutes)"
 	@echo "make test-all   the same with the slow tests"
+	@echo "make soak       set up, then kill real runs KILLS=200 times and compare them with unbroken ones (half an hour)"
 	@echo "make lint       ruff, mypy --strict, shellcheck"
 	@echo "make install    only set up $(VENV)"
 	@echo "make clean      remove $(VENV) and caches; runs/ and data/ stay"
@@ -50,6 +52,10 @@ test: lint
 test-all: lint
 	@echo "== Tests: all of them"
 	@$(RUN) pytest
+
+soak: install
+	@echo "== Killing runs at random moments, $(KILLS) times"
+	@$(RUN) $(BIN)/python tests/soak.py --kills $(KILLS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -5,9 +5,9 @@
 #     NPROC_PER_NODE=4 launch/local.sh configs/demo.yaml       # four ranks
 #     NNODES=2 NPROC_PER_NODE=2 launch/local.sh ...            # two torchrun agents that meet on loopback, as two nodes do
 #
-# NPROC_PER_NODE, OMP_NUM_THREADS, MODULE and MAX_RESTARTS are as in node.sh. Ctrl-C ends everything. With several nodes
-# each line has its node in front, and if one node fails, all end. After a failure the last line is the error of the rank
-# that failed first.
+# NPROC_PER_NODE, OMP_NUM_THREADS, MODULE and MAX_RESTARTS are as in node.sh. Ctrl-C stops the run, which saves first; twice,
+# it ends everything at once. With several nodes each line has its node in front, and if one node fails, all end. After a
+# failure the last line is the error of the rank that failed first.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/common.sh
@@ -35,24 +35,31 @@ export HEAD="127.0.0.1:$((20000 + $$ % 10000))" RUN_ID="local-$$" LOCAL_ADDR=127
 export GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo
 
 nodes=()
+set -m # else the shell has its background ignore Ctrl-C, and the nodes could not pass it on
 for ((node = 0; node < nnodes; node++)); do
   if [ "$NPROC_PER_NODE" -le "$per_node" ]; then
     first=$((node * NPROC_PER_NODE + 1))
     CUDA_VISIBLE_DEVICES=$(cut -d, -f "$first-$((first + NPROC_PER_NODE - 1))" <<<"$all_gpus")
     export CUDA_VISIBLE_DEVICES
   fi
-  "$here/node.sh" "$@" > >(exec sed -u "s/^/[node $node] /") 2>&1 &
+  "$here/node.sh" "$@" > >(trap '' INT TERM && exec sed -u "s/^/[node $node] /") 2>&1 &
   nodes+=($!)
 done
-end_all() { kill -TERM "${nodes[@]}" 2>/dev/null || true; }
-trap 'interrupted=1; end_all' INT TERM HUP
+set +m
+signal_all() { kill -s "$1" "${nodes[@]}" 2>/dev/null || true; }
+trap 'interrupted=1; signal_all INT' INT
+trap 'interrupted=1; signal_all TERM' TERM HUP
+trap 'interrupted=1; signal_all USR1' USR1
+trap 'interrupted=1; signal_all QUIT' QUIT
 
-status=0
-for _ in "${nodes[@]}"; do
+status=0 running=$nnodes
+while [ "$running" -gt 0 ]; do
   wait -n && ended=0 || ended=$?
+  before=$running running=$(jobs -rp | wc -l)
+  if [ "$running" = "$before" ]; then continue; fi # it was a signal, which has been passed on
   if [ "$status" = 0 ] && [ "$ended" != 0 ]; then
     status=$ended
-    end_all # they would wait for the one that failed
+    signal_all QUIT # they would wait for the one that failed
   fi
 done
 for node in "${nodes[@]}"; do wait_for "$node" || true; done

@@ -13,8 +13,11 @@
 #   OMP_NUM_THREADS  CPU threads a rank; default: the node's cores shared out
 #   MODULE           what every rank runs; default ddp_cifar.train
 #   LOG_DIR          an existing folder to keep torchrun's error files in; default: none are kept
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds that the ranks have to end after another has failed; default 60
 #
-# Exits with torchrun's status; after a failure the last line is the error of the rank that failed first.
+# Ctrl-C, SIGTERM and SIGUSR1 go to the ranks, which agree to stop, save, and end with status 0; Ctrl-C twice ends them at
+# once. SIGQUIT has torchrun end them. Exits with torchrun's status; after a failure the last line is the error of the rank
+# that failed first.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -38,6 +41,7 @@ cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc_per_node ? cores / nproc_per_node : 1))}
 # without it restarted ranks read the addresses of the dead ones, and fail or hang
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}
 
 log_dir=$(mktemp -d "${LOG_DIR:-${TMPDIR:-/tmp}}/launch-XXXXXX") # of this start alone
 flags=(--nnodes="$nnodes" --nproc-per-node="$nproc_per_node" --max-restarts="${MAX_RESTARTS:-0}" --log-dir="$log_dir")
@@ -48,12 +52,32 @@ else
 fi
 [ -z "${LOCAL_ADDR:-}" ] || flags+=(--local-addr="$LOCAL_ADDR")
 
-# In a process group of its own (-m), so that Ctrl-C comes once, from here, and as the signal that torchrun
-# passes on and waits for.
+# In a process group of its own (-m), so that Ctrl-C comes once, from here. SIGUSR1 would end torchrun, and leave its ranks.
 set -m
-torchrun "${flags[@]}" -m "${MODULE:-ddp_cifar.train}" "$@" &
+(
+  trap '' USR1
+  exec torchrun "${flags[@]}" -m "${MODULE:-ddp_cifar.train}" "$@"
+) &
 agent=$!
-trap 'interrupted=1; kill -TERM "$agent" 2>/dev/null' INT TERM HUP
+set +m
+
+# pass_on SIGNAL: to the ranks, torchrun's children, rather than to torchrun, which would end with status 1 and after a while
+# kill them; before there are any, torchrun is ended.
+# shellcheck disable=SC2329 # by the traps
+pass_on() {
+  interrupted=1
+  local ranks=()
+  read -ra ranks -d '' < <(cat "/proc/$agent/task/"*/children 2>/dev/null || pgrep -P "$agent") || true
+  if [ ${#ranks[@]} -gt 0 ]; then
+    kill -s "$1" "${ranks[@]}" 2>/dev/null || true
+  else
+    kill -TERM "$agent" 2>/dev/null || true
+  fi
+}
+trap 'pass_on INT' INT
+trap 'pass_on TERM' TERM HUP
+trap 'pass_on USR1' USR1
+trap 'interrupted=1; kill -TERM "$agent" 2>/dev/null || true' QUIT
 wait_for "$agent" && status=0 || status=$?
 
 [ "$status" = 0 ] || repeat_error "$log_dir"
