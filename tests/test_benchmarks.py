@@ -32,6 +32,15 @@ def test_the_data_path_benchmark_compares_with_one_worker(shell: Shell, tmp_path
     assert json.loads((tmp_path / "data.json").read_text())["comparisons"][0]["reference"] == "DataLoader, workers=1"
 
 
+@pytest.mark.slow
+def test_the_survival_benchmark_compares_on_with_off(shell: Shell, tmp_path: Path) -> None:
+    options = ("--rounds", "2", "--steps", "3", "--batch", "8", "--json", str(tmp_path / "survival.json"))
+    done = shell("torchrun", "--standalone", "--nproc_per_node=2", "benchmarks/survival.py", *options, timeout=300)
+    assert done.status == 0, done.err
+    (comparison,) = json.loads((tmp_path / "survival.json").read_text())["comparisons"]
+    assert (comparison["contender"], comparison["reference"], comparison["target"]) == ("on", "off", 0.98)
+
+
 def test_the_articles_plot_and_table_come_from_metrics(shell: Shell, tmp_path: Path) -> None:
     rows = [
         {"step": 391 * n, "train/epoch": n, "train/epoch_loss": 1.5 / n, "train/accuracy": 0.5, "test/accuracy": 0.5}

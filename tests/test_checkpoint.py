@@ -59,6 +59,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (1, 2):
         checkpoints.save(state_of(float(step)), step, is_best=False)
+        checkpoints.finish()
     newest = tmp_path / "step_00000002.pt"
     content = bytearray(newest.read_bytes())
     if damage == "one bit flipped":
@@ -74,6 +75,7 @@ def test_the_newest_and_the_best_are_kept_and_linked(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in range(1, 6):
         checkpoints.save(state_of(float(step)), step, is_best=step == 2)
+        checkpoints.finish()
     assert [path.name for path in checkpoints.paths()] == [f"step_{step:08d}.pt" for step in (5, 4, 2)]
     assert os.readlink(tmp_path / "latest.pt") == "step_00000005.pt"
     assert os.readlink(tmp_path / "best.pt") == "step_00000002.pt"
@@ -82,22 +84,27 @@ def test_the_newest_and_the_best_are_kept_and_linked(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_takes_no_good_ones_place(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(state_of(), 60, is_best=False)
+    checkpoints.finish()
     (tmp_path / "step_00000100.pt").write_bytes(b"half of it")
     found = checkpoints.load_latest()
     assert found is not None
     assert found.path.name == "step_00000060.pt"
     checkpoints.save(state_of(), 80, is_best=False)
+    checkpoints.finish()
     assert [path.name for path in checkpoints.paths()] == ["step_00000100.pt", "step_00000080.pt"]
 
 
 def test_without_a_best_there_is_no_best(tmp_path: Path) -> None:
-    Checkpoints(tmp_path, keep=2).save(state_of(), 1, is_best=False)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(state_of(), 1, is_best=False)
+    checkpoints.finish()
     assert not (tmp_path / "best.pt").exists()
 
 
 def test_a_full_disk_costs_a_warning_and_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(state_of(), 1, is_best=False)
+    checkpoints.finish()
     before = (tmp_path / "step_00000001.pt").read_bytes()
 
     def full(descriptor: int) -> None:
@@ -105,6 +112,7 @@ def test_a_full_disk_costs_a_warning_and_no_checkpoint(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "fsync", full)
     checkpoints.save(state_of(2.0), 2, is_best=False)
+    checkpoints.finish()
     assert checkpoints.failed_saves == 1
     assert [path.name for path in checkpoints.paths()] == ["step_00000001.pt"]
     assert (tmp_path / "step_00000001.pt").read_bytes() == before
@@ -115,6 +123,7 @@ def test_a_write_killed_half_way_leaves_the_older_checkpoint(tmp_path: Path) -> 
     """What a kill leaves is a temporary file, which no one takes for a checkpoint, and which the next save replaces."""
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(state_of(), 1, is_best=False)
+    checkpoints.finish()
     (tmp_path / "step_00000002.pt.tmp").write_bytes(b"half of it")
     found = checkpoints.load_latest()
     assert found is not None

@@ -125,7 +125,7 @@ def test_held_out_training_images_keep_their_augmentation(alone: World) -> None:
     dataset = random_dataset(40, val=10)
     loader = EvalLoader(dataset.train, channels_last=False)
     table = draw_augmentations(40, seed=0, epoch=0)
-    images, _ = loader.gather(torch.tensor([5]), table)
+    images, _, _ = loader.gather(torch.tensor([5]), table)
     sample = int(dataset.train.sample_ids[5])
     whole = random_split(40).images
     assert torch.equal(images, normalize(augment(whole[sample : sample + 1], table[sample : sample + 1])))

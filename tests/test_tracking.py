@@ -1,16 +1,18 @@
 """metrics.jsonl and TensorBoard's event files."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ddp_cifar.log import log
 from ddp_cifar.tracking import JsonLinesTracker, build_tracker
 
 
 def test_rows_and_events_hold_the_same(tmp_path: Path) -> None:
-    tracker = build_tracker(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", start_step=0)
+    tracker = build_tracker(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", step=0)
     tracker.log({"train/loss": 1.5, "train/lr": 0.25}, step=10)
     tracker.log_text("config", "seed: 0", step=0)
     tracker.close()
@@ -22,13 +24,13 @@ def test_rows_and_events_hold_the_same(tmp_path: Path) -> None:
 
 def test_going_on_drops_what_was_logged_past_the_checkpoint(tmp_path: Path) -> None:
     places = (tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
-    first = build_tracker(*places, start_step=0)
+    first = build_tracker(*places, step=0)
     for step in (1, 2, 3, 4):
         first.log({"train/loss": float(step)}, step)
     first.close()
     with open(places[0], "a") as file:
         file.write('{"step": 5, "train/lo')  # what a crash leaves
-    second = build_tracker(*places, start_step=2)
+    second = build_tracker(*places, step=2)
     for step in (3, 4):
         second.log({"train/loss": -float(step)}, step)
     second.close()
@@ -43,26 +45,31 @@ def test_going_on_drops_what_was_logged_past_the_checkpoint(tmp_path: Path) -> N
     ]
 
 
-def test_a_tracker_that_cannot_write_is_left_and_the_others_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_rows_that_cannot_be_written_are_written_once_they_can(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracker = build_tracker(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", start_step=0)
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(JsonLinesTracker, "log", full)
-        tracker.log({"train/loss": 1.0}, 1)
-    tracker.log({"train/loss": 2.0}, 2)
+    """A file may not grow here for a while, as on a full disk: the system writes a part of a row, then refuses."""
+    log.addHandler(caplog.handler)
+    tracker = build_tracker(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", step=0)
+    rows = tmp_path / "metrics.jsonl"
+    tracker.log({"train/loss": 1.0}, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (rows.stat().st_size + 5, limits[1]))
+    try:
+        for step in (2, 3):
+            tracker.log({"train/loss": float(step)}, step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        log.removeHandler(caplog.handler)
+    assert rows.stat().st_size > 5
+    assert caplog.text.count("JsonLinesTracker could not write (File too large)") == 2
+    tracker.log({"train/loss": 4.0}, 4)
     tracker.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert [json.loads(line)["step"] for line in rows.read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_a_number_that_json_lacks_is_null(tmp_path: Path) -> None:
-    tracker = JsonLinesTracker(tmp_path / "metrics.jsonl", 0)
+    tracker = JsonLinesTracker(tmp_path / "metrics.jsonl")
     tracker.log({"train/loss": float("nan")}, 1)
     tracker.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": None}

@@ -1,0 +1,420 @@
+"""What a run survives, with real processes: killed, stopped, asked to leave, short of disk. The table is in docs/resuming.md."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from soak import CHECKOUT, Result, processes, rows_of, run_until_finished, send, start, wait_until
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_mistakes import TINY
+
+from ddp_cifar.checkpoint import load_checkpoint
+
+SHORT = ("train.epochs=3",)
+LONG = ("train.epochs=400",)
+
+
+class Run:
+    """One run_dir, and the processes that a test starts in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.launcher: subprocess.Popen[bytes] | None = None
+
+    def start(self, *arguments: str, ranks: int = 2, **environment: str) -> None:
+        """launch/local.sh, under way: it has saved a checkpoint when this returns."""
+        newest = lambda: max(self.path.glob("checkpoints/step_*.pt"), default=None)  # noqa: E731
+        before = newest()
+        self.launcher = start(self.path, ranks, *SHORT, *arguments, **environment)
+        assert wait_until(lambda: newest() != before or self.launcher.poll() is not None, 90), self.terminal
+        assert self.launcher.poll() is None, self.terminal
+
+    def ranks(self) -> list[int]:
+        """Pids, in the order of ranks."""
+        signs = [json.loads((self.path / "heartbeats" / f"rank_{rank}").read_text()) for rank in range(self.size)]
+        return [sign["pid"] for sign in signs]
+
+    @property
+    def size(self) -> int:
+        return len(processes(self.path)["ranks"])
+
+    def end(self, timeout: float = 90) -> int:
+        """Wait for the launcher and all processes; returns the launcher's exit status."""
+        assert self.launcher is not None
+        status = self.launcher.wait(timeout)
+        assert wait_until(lambda: not any(processes(self.path).values()), 30), processes(self.path)
+        return status
+
+    def finish(self, *arguments: str, ranks: int = 2) -> "Result":
+        """Start it again and let it end; what it came to."""
+        self.launcher = start(self.path, ranks, *SHORT, *arguments)
+        assert self.end(300) == 0, self.terminal
+        assert self.status == "finished"
+        return Result.of(self.path)
+
+    @property
+    def status(self) -> str:
+        return (self.path / "status").read_text().strip()
+
+    @property
+    def terminal(self) -> str:
+        return (self.path / "terminal.txt").read_text()
+
+    @property
+    def step(self) -> int:
+        """Of the newest checkpoint."""
+        return int(load_checkpoint(max(self.path.glob("checkpoints/step_*.pt")))["progress"]["step"])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    run = Run(tmp_path / "run")
+    yield run
+    left = [pid for pids in processes(run.path).values() for pid in pids]
+    send(left, signal.SIGCONT)
+    send(left, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The run of 2 ranks that nothing interrupts."""
+    return Run(tmp_path_factory.mktemp("unbroken") / "run").finish()
+
+
+# -- asked to leave
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_as_unbroken(
+    run: Run, unbroken: Result, signum: signal.Signals
+) -> None:
+    run.start()
+    send([run.ranks()[1]], signum)
+    assert run.end() == 0
+    assert run.status == "stopped"
+    assert f"stopped by {signum.name} (rank 1): epoch" in run.terminal
+    assert [row["step"] for row in rows_of(run.path)][-1] <= run.step
+    assert run.finish() == unbroken
+
+
+def test_ctrl_c_stops_and_saves_and_twice_leaves_at_once(run: Run) -> None:
+    run.start(*LONG)
+    send([run.launcher.pid], signal.SIGINT)
+    assert run.end() == 0
+    assert run.status == "stopped"
+    step = run.step
+    assert f"step {step}" in run.terminal
+    assert "Traceback" not in run.terminal
+
+    run.start(*LONG)
+    stopped = time.monotonic()
+    frozen = run.ranks()[1]
+    send([frozen], signal.SIGSTOP)  # rank 0 is blocked in a collective, where no handler of Python's can run
+    time.sleep(1)
+    send([run.ranks()[0]], signal.SIGINT)
+    time.sleep(0.3)
+    send([run.ranks()[0]], signal.SIGINT)
+    gone = lambda: run.ranks()[0] not in processes(run.path)["ranks"]  # noqa: E731
+    assert wait_until(lambda: len(processes(run.path)["ranks"]) < 2 or gone(), 5)
+    assert time.monotonic() - stopped < 8
+    send([frozen], signal.SIGCONT)
+    assert run.end() != 0
+    assert "SIGINT after SIGINT: left at once, without saving" in run.terminal
+
+
+def test_repeated_sigterm_cuts_no_save_short(run: Run) -> None:
+    run.start(*LONG)
+    for _ in range(5):
+        send(run.ranks(), signal.SIGTERM)
+        time.sleep(0.05)
+    assert run.end() == 0
+    assert run.status == "stopped"
+    assert run.step > 0
+
+
+@pytest.mark.slow
+def test_the_time_limit_stops_and_saves(run: Run) -> None:
+    run.launcher = start(run.path, 2, *LONG, f"train.max_hours={8 / 3600}")
+    begun = time.monotonic()
+    assert run.end() == 0
+    assert 8 < time.monotonic() - begun < 40
+    assert run.status == "stopped"
+    assert "stopped by train.deadline" in run.terminal
+    assert run.step > 0
+
+
+@pytest.mark.slow
+def test_the_files_save_and_stop(run: Run) -> None:
+    run.start(*LONG, "checkpoint.every_steps=null", "checkpoint.every_epochs=3")
+    step = run.step
+    (run.path / "SAVE").touch()
+    assert wait_until(lambda: step < run.step < 70, 20)
+    step = run.step
+    assert step % 13, "it is not at an epoch's end"
+    assert not (run.path / "SAVE").exists()
+    (run.path / "STOP").touch()
+    assert run.end() == 0
+    assert run.status == "stopped"
+    assert run.step > step
+    assert not (run.path / "STOP").exists()
+    assert "stopped by the file STOP (rank 0)" in run.terminal
+
+
+def test_sigterm_stops_both_nodes(run: Run) -> None:
+    run.start(*LONG, ranks=1, NNODES="2")
+    send([run.launcher.pid], signal.SIGTERM)
+    assert run.end() == 0, run.terminal
+    assert run.status == "stopped"
+    assert "[node 1]" in run.terminal
+
+
+# -- killed
+
+
+def test_a_killed_rank_ends_the_run_and_the_next_start_goes_on_as_unbroken(run: Run, unbroken: Result) -> None:
+    run.start()
+    send([run.ranks()[1]], signal.SIGKILL)
+    assert run.end() != 0
+    assert run.status == "running", "which means a crash: no process is left"
+    assert "error: " in run.terminal.splitlines()[-1]
+    assert run.finish() == unbroken
+    assert "going on from" in run.terminal
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_by_torchrun(run: Run, unbroken: Result) -> None:
+    run.start(MAX_RESTARTS="2")
+    send([run.ranks()[1]], signal.SIGKILL)
+    assert run.end(200) == 0, run.terminal
+    assert run.status == "finished"
+    assert Result.of(run.path) == unbroken
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["run/restarts"] == 1
+    assert 0 < rows[-1]["run/goodput"] < 1
+
+
+@pytest.mark.slow
+def test_bare_torchrun_starts_a_killed_rank_again_too(run: Run) -> None:
+    from soak import ARGUMENTS
+
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["torchrun", "--nproc_per_node=2", "--max-restarts=2", "-m", "ddp_cifar.train", *ARGUMENTS]
+    run.path.mkdir()
+    with open(run.path / "terminal.txt", "wb") as terminal:
+        run.launcher = subprocess.Popen(
+            [*command, f"run_dir={run.path}"], env={**os.environ, "PATH": path}, stdout=terminal, stderr=terminal
+        )
+    assert wait_until(lambda: (run.path / "checkpoints" / "latest.pt").exists(), 60)
+    send([run.ranks()[1]], signal.SIGKILL)
+    assert run.end(200) == 0, run.terminal
+    assert run.status == "finished"
+
+
+def test_ranks_whose_torchrun_was_killed_end_too(run: Run, unbroken: Result) -> None:
+    run.start()
+    send(processes(run.path)["agents"], signal.SIGKILL)
+    assert run.end() != 0
+    assert run.status == "running", "which means a crash: no process is left"
+    logs = [(run.path / "logs" / f"rank_{rank}.log").read_text() for rank in (0, 1)]
+    assert any("torchrun is gone" in text for text in logs), "the other one may have found its peer gone before"
+    assert run.finish() == unbroken
+
+
+@pytest.mark.slow
+def test_a_killed_agent_of_two_is_started_again_and_the_run_goes_on(run: Run, tmp_path: Path) -> None:
+    """As a scheduler would: the agent where the nodes do not meet, with launch/node.sh, after all of it was killed."""
+    arguments = ("train.epochs=30",)
+    head = f"127.0.0.1:{random.Random(os.getpid()).randrange(30000, 40000)}"
+    nodes = {"NNODES": "2", "HEAD": head, "RUN_ID": "two", "LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    agents: list[subprocess.Popen[bytes]] = []
+
+    def start_node() -> None:
+        from soak import ARGUMENTS
+
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {**os.environ, **nodes, "PATH": path, "MAX_RESTARTS": "3", "NPROC_PER_NODE": "1"}
+        with open(tmp_path / f"node{len(agents)}.txt", "wb") as terminal:
+            command = [str(CHECKOUT / "launch" / "node.sh"), *ARGUMENTS, *arguments, f"run_dir={run.path}"]
+            agents.append(
+                subprocess.Popen(
+                    command, cwd=CHECKOUT, env=environment, stdout=terminal, stderr=terminal, stdin=subprocess.DEVNULL
+                )
+            )
+
+    start_node()
+    time.sleep(1)  # the first one to come holds the meeting
+    start_node()
+    assert wait_until(lambda: (run.path / "checkpoints" / "latest.pt").exists(), 90)
+    victims = [pid for pids in processes(run.path).values() for pid in pids if _is_child_of(pid, agents[1].pid)]
+    assert len(victims) >= 2, "its torchrun and its rank"
+    send([agents[1].pid, *victims], signal.SIGKILL)
+    time.sleep(1)
+    start_node()
+    assert agents[0].wait(240) == 0, (tmp_path / "node0.txt").read_text()
+    assert agents[2].wait(60) == 0
+    assert run.status == "finished"
+    steps = [row["step"] for row in rows_of(run.path) if "train/epoch" not in row]
+    assert steps == sorted(set(steps)), "each step once, in order"
+
+
+def _is_child_of(pid: int, ancestor: int) -> bool:
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return False
+    return False
+
+
+def test_a_rank_that_hangs_is_named_and_the_others_end(run: Run) -> None:
+    """Its process is stopped, as a machine that swaps or a debugger would."""
+    run.start(*LONG, "train.hang_timeout_s=6")
+    frozen, limit = run.ranks()[1], time.monotonic() + 6 + 2
+    send([frozen], signal.SIGSTOP)
+    assert wait_until(lambda: "is silent" in run.terminal, 20)
+    assert time.monotonic() < limit
+    assert f"rank 1 ({os.uname().nodename}, pid {frozen}, at step" in run.terminal
+    assert "train_step" in (run.path / "logs" / "rank_0.stacks").read_text()
+    assert run.end() != 0
+    assert "error: no rank has moved for" in run.terminal.splitlines()[-1], "the reason is the last line"
+
+
+@pytest.mark.slow
+def test_random_kills_change_no_bit_and_no_row(run: Run, tmp_path: Path) -> None:
+    """5 kills; tests/soak.py does more of it. Then each curve of TensorBoard has each step once."""
+    run_until_finished(tmp_path / "unbroken", 2, random.Random(0), kills=0)
+    unbroken = Result.of(tmp_path / "unbroken")
+    done = run_until_finished(run.path, 2, random.Random(1), kills=5)
+    assert len(done) == 5
+    result = Result.of(run.path)
+    assert result.rows == unbroken.rows, done
+    assert result.state == unbroken.state, done
+    ledgers = {(row["ledger/images"], row["ledger/sum"]) for row in result.rows if "train/epoch" in row}
+    assert len(ledgers) == 1
+    assert {images for images, _ in ledgers} == {400}
+    events = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    for tag in events.Tags()["scalars"]:
+        expected = [row["step"] for row in _all_rows(run.path) if tag in row]
+        assert [event.step for event in events.Scalars(tag)] == expected, tag
+
+
+def _all_rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_from_4_to_2_to_1_to_4_ranks_with_kills(run: Run, unbroken: Result) -> None:
+    """Rows of other numbers of ranks differ by the rounding of sums; ledgers and steps do not."""
+    for ranks in (4, 2, 1):
+        run.start(ranks=ranks)
+        time.sleep(1.5)
+        send([run.ranks()[-1]], signal.SIGKILL)
+        run.end()
+    result = run.finish(ranks=4)
+    for field in ("step", "train/epoch", "train/lr", "ledger/images", "ledger/sum"):
+        assert [row.get(field) for row in result.rows] == [row.get(field) for row in unbroken.rows], field
+    losses = [
+        [row["train/epoch_loss"] for row in rows if "train/epoch" in row] for rows in (result.rows, unbroken.rows)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=0.2)
+
+
+# -- the disk
+
+
+def in_a_small_disk(tmp_path: Path, megabytes: int, options: str, *arguments: str) -> Any:
+    """`python -m ddp_cifar.train` with its run_dir on a file system of its own, which is copied out afterwards."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    kept.mkdir()
+    command = f'{sys.executable} -m ddp_cifar.train "$@" run_dir={disk}/run'
+    mount = f"mount -t tmpfs -o size={megabytes}m tmpfs {disk} && mkdir {disk}/run && {options}"
+    script = f"{mount} {{ {command}; status=$?; cp -a {disk}/run/. {kept}; exit $status; }}"
+    flags = "-m" if os.geteuid() == 0 else "-rm"
+    if subprocess.run(["unshare", flags, "mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("needs to mount a file system")
+    done = subprocess.run(
+        ["unshare", flags, "sh", "-c", script, "sh", *TINY, "train.epochs=6", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=CHECKOUT,
+        timeout=120,
+    )
+    return done, kept
+
+
+def test_a_full_disk_costs_checkpoints_and_the_status_tells(tmp_path: Path) -> None:
+    """100 MB hold one checkpoint of 70 MB."""
+    done, kept = in_a_small_disk(tmp_path, 100, "")
+    assert done.returncode == 3, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if "was not saved (No space left on device)" in line]
+    assert len(warnings) == 5, "one for each checkpoint that did not fit"
+    assert "error: 5 checkpoints could not be saved" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert (kept / "status").read_text() == "finished\n"
+    (checkpoint,) = kept.glob("checkpoints/step_*")
+    assert load_checkpoint(checkpoint)["progress"]["step"] == 2
+    assert [row["step"] for row in rows_of(kept) if "train/epoch" in row] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_read_only_disk_is_one_line(tmp_path: Path) -> None:
+    done, _ = in_a_small_disk(tmp_path, 100, f"mount -o remount,ro {tmp_path}/disk;")
+    assert done.returncode == 2
+    assert "error: cannot write to run_dir=" in done.stderr
+    assert "Read-only file system" in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("[rank")]) == 1
+
+
+@pytest.mark.slow
+def test_a_folder_that_vanishes_costs_checkpoints_and_the_status_tells(run: Run) -> None:
+    run.start("checkpoint.every_steps=null")
+    shutil.move(run.path / "checkpoints", run.path / "gone")
+    assert run.end() != 0
+    assert run.status == "finished"
+    assert "was not saved (No such file or directory)" in run.terminal
+    assert "checkpoints could not be saved" in run.terminal.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_what_a_kill_left_half_written_is_removed_and_links_are_not_needed(run: Run, unbroken: Result) -> None:
+    run.start()
+    send(run.ranks(), signal.SIGTERM)
+    run.end()
+    (run.path / "checkpoints" / "latest.pt").unlink()
+    stale = run.path / "checkpoints" / "step_00000999.pt.tmp"
+    stale.write_bytes(b"half of it")
+    assert run.finish() == unbroken
+    assert not stale.exists()
+
+
+# -- the list of checkpoints
+
+
+@pytest.mark.slow
+def test_the_list_says_what_is_good(run: Run, shell: Callable[..., Any]) -> None:
+    run.start()
+    send(run.ranks(), signal.SIGTERM)
+    run.end()
+    newest, older = sorted(run.path.glob("checkpoints/step_*.pt"), reverse=True)[:2]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    outcome = shell(sys.executable, "-m", "ddp_cifar.checkpoints", str(run.path))
+    assert outcome.status == 0
+    lines = {line.split()[0]: line for line in outcome.out.splitlines() if line.startswith("step_")}
+    assert "NO: " in lines[newest.name]
+    assert "damaged" in lines[newest.name]
+    assert "yes" in lines[older.name]
+    assert outcome.out.startswith(f"{run.path}: stopped")
+    outcome = shell(sys.executable, "-m", "ddp_cifar.checkpoints", str(run.path / "logs"))
+    assert outcome.status == 2
+    assert "there are no checkpoints" in outcome.err
