@@ -1,0 +1,71 @@
+"""images/s with all that lets a run survive on, and the same run with it off: the agreement to stop, the ledger, heartbeats,
+the comparison of replicas, and a checkpoint in every slice.
+
+    torchrun --nproc_per_node=2 benchmarks/survival.py
+"""
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+import torch
+from common import Comparison, arguments, random_cifar10, report, split_of, take_turns
+from speed import timed
+
+from ddp_cifar.checkpoint import Checkpoints, NullCheckpoints
+from ddp_cifar.config import load_config
+from ddp_cifar.data.dataset import DataSet
+from ddp_cifar.distributed import World, open_world
+from ddp_cifar.heartbeat import Heartbeat
+from ddp_cifar.stopping import Requests
+from ddp_cifar.train import TABLES, build_trainer
+from ddp_cifar.trainer import Trainer
+
+TARGET = 0.98
+NEVER = 10**9
+
+
+def main() -> None:
+    parser = arguments("images/s with what lets a run survive, and without", rounds=11)
+    parser.add_argument("--steps", type=int, default=60, help="steps a slice, in which there is one checkpoint (60)")
+    options = parser.parse_args()
+
+    with open_world("cpu") as world, contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        images = options.steps * options.batch * world.world_size
+        data = DataSet(split_of(random_cifar10((options.rounds + 1) * images)), None, tuple("abcdefghij"))
+        off = make_trainer(world, data, options.batch, f"train.agree_every={NEVER}", "train.check_replicas_every=null")
+        off.counter.ledger = None
+        on = make_trainer(world, data, options.batch)
+        on.checkpoints = (Checkpoints if world.is_main else NullCheckpoints)(folder, keep=1)
+        on.requests = stack.enter_context(Requests(folder if world.is_main else None))
+        on.requests.catch_signals()
+        heartbeat = Heartbeat(folder, folder, world, on.config.train.hang_timeout_s)
+        on.heartbeat = stack.enter_context(heartbeat)
+        stack.enter_context(heartbeat.watching())
+        stack.callback(on.checkpoints.finish)
+
+        def slice_of(trainer: Trainer) -> None:
+            trainer.save_due = trainer is on
+            trainer.last_step = trainer.progress.step + options.steps
+            trainer.train_epoch()
+
+        contenders = {"on": timed(lambda: slice_of(on), images), "off": timed(lambda: slice_of(off), images)}
+        rates = take_turns(contenders, options.rounds)
+        if world.is_main:
+            title = (
+                f"{world.world_size} ranks x {options.batch} images, {torch.get_num_threads()} threads a rank, "
+                f"{on.precision}, {options.steps} steps and a checkpoint a slice"
+            )
+            report(title, rates, [Comparison("on", "off", TARGET)], options.json)
+
+
+def make_trainer(world: World, data: DataSet, batch: int, *arguments: str) -> Trainer:
+    sizes = [f"train.global_batch_size={batch * world.world_size}", f"train.micro_batch_size={batch}"]
+    never = ["train.straggler_factor=null", "checkpoint.every_minutes=null"]
+    config = load_config([*sizes, *never, *arguments], TABLES)
+    return build_trainer(config, world, data, NullCheckpoints(Path("nowhere"), keep=1))
+
+
+if __name__ == "__main__":
+    main()
