@@ -335,7 +335,6 @@ def find_checkpoint(resume: str, own: Checkpoints) -> Loaded | None:
         )
     if not latest:
         found.state["progress"]["best_val_accuracy"] = -1.0  # another run's best is not in this run_dir
-        found.state["productive_s"] = 0.0  # nor its time
     return found
 
 

@@ -45,7 +45,9 @@ class Start:
     steps_lost: int = 0
     """Steps that earlier starts computed and no checkpoint kept."""
     occupied_s: float = 0.0
-    """Seconds for which the processes of earlier starts lived, as far as rank 0's last sign of life."""
+    """Seconds for which the processes of earlier starts lived, as far as rank 0's last sign of life ..."""
+    productive_s: float = 0.0
+    """... and of these the ones that advanced the run: of steps and evaluations that are kept, not of waiting for saves."""
 
 
 class RunDir:
@@ -96,7 +98,14 @@ class RunDir:
         for path in self.checkpoints.glob("*.tmp"):  # what a kill in the middle of a write left
             path.unlink(missing_ok=True)
 
-    def note_start(self, began: float, step: int, world_size: int, last_seen: tuple[float, int] | None) -> Start:
+    def note_start(
+        self,
+        began: float,
+        step: int,
+        world_size: int,
+        last_seen: tuple[float, int] | None,
+        productive_s: float = 0.0,
+    ) -> Start:
         """Add a row to starts.jsonl for a start at unix time `began`, which goes on from `step`.
 
         `last_seen`: when the start before it last gave a sign of life, and at which step, if it did.
@@ -107,7 +116,7 @@ class RunDir:
             end, reached = last_seen or (before.time, before.step)
             lost = before.steps_lost + max(0, reached - step)
             occupied_s = before.occupied_s + max(0.0, end - before.time)
-            start = Start(began, step, world_size, before.restarts + 1, lost, occupied_s)
+            start = Start(began, step, world_size, before.restarts + 1, lost, occupied_s, productive_s)
         with open(self.starts, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(start)) + "\n")
         return start

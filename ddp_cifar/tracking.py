@@ -140,6 +140,12 @@ def build_tracker(metrics: Path, tensorboard: Path, step: int, epoch: int = 0) -
     return _All(JsonLinesTracker(metrics), events)
 
 
+def last_row(metrics: Path) -> dict[str, Any]:
+    """The last row of a file that `build_tracker` has just cut; empty if there is none."""
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    return dict(json.loads(lines[-1])) if lines else {}
+
+
 def _cut(path: Path, step: int, epoch: int) -> list[dict[str, Any]]:
     """Drop the rows past `step` or `epoch`, and a last one that a crash left unfinished; returns the others."""
     if not path.exists():

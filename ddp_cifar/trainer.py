@@ -173,7 +173,6 @@ class Trainer:
         self.checked_at = 0
         self.last_norm = 0.0
         self.resumed_at = self.saved_at = time.perf_counter()
-        self.productive_s = 0.0
         self._settle_buckets()
 
     # -- a run
@@ -244,7 +243,6 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "progress": self.progress.state_dict(),
             "config": to_dict(self.config),
-            "productive_s": self._productive_s(),
         }
         if self.ema:
             state["ema"] = self.ema.module.state_dict()
@@ -276,7 +274,6 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         before.conditions = now.conditions
         self.progress = before
-        self.productive_s = state.get("productive_s", 0.0)
 
     # -- an epoch
 
@@ -598,19 +595,17 @@ class Trainer:
 
     # -- insides
 
-    def _productive_s(self) -> float:
-        """Seconds that advanced the run, as far as it is kept: of steps and evaluations, not of waiting for saves."""
-        return self.productive_s + time.perf_counter() - self.resumed_at - self.checkpoints.waited_s
-
     def _survival(self) -> dict[str, float | str]:
         """What the run went through, with the share of its processes' time that advanced it."""
         if not self.start:
             return {}
-        occupied = self.start.occupied_s + time.time() - self.start.time
+        occupied_s = self.start.occupied_s + time.time() - self.start.time
+        productive_s = self.start.productive_s + time.perf_counter() - self.resumed_at - self.checkpoints.waited_s
         return {
             "run/restarts": self.start.restarts,
             "run/steps_lost": self.start.steps_lost,
-            "run/goodput": self._productive_s() / occupied,
+            "run/productive_s": productive_s,
+            "run/goodput": productive_s / occupied_s,
         }
 
     def _settle_buckets(self) -> None:

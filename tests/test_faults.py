@@ -174,7 +174,8 @@ def test_sigterm_stops_both_nodes(run: Run) -> None:
     send([run.launcher.pid], signal.SIGTERM)
     assert run.end() == 0, run.terminal
     assert run.status == "stopped"
-    assert "[node 1]" in run.terminal
+    assert "stopped by SIGTERM" in run.terminal
+    assert (run.path / "logs" / "rank_1.log").exists()
 
 
 # -- killed

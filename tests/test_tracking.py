@@ -46,10 +46,10 @@ def test_going_on_drops_what_was_logged_past_the_checkpoint(tmp_path: Path) -> N
 
 
 def test_rows_that_cannot_be_written_are_written_once_they_can(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file may not grow here for a while, as on a full disk: the system writes a part of a row, then refuses."""
-    log.addHandler(caplog.handler)
+    monkeypatch.setattr(log, "propagate", True)
     tracker = build_tracker(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", step=0)
     rows = tmp_path / "metrics.jsonl"
     tracker.log({"train/loss": 1.0}, 1)
@@ -60,7 +60,6 @@ def test_rows_that_cannot_be_written_are_written_once_they_can(
             tracker.log({"train/loss": float(step)}, step)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        log.removeHandler(caplog.handler)
     assert rows.stat().st_size > 5
     assert caplog.text.count("JsonLinesTracker could not write (File too large)") == 2
     tracker.log({"train/loss": 4.0}, 4)
