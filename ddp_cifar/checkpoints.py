@@ -36,12 +36,15 @@ def main(argv: Sequence[str]) -> int:
     good = 0
     for path in paths:
         try:
+            size = path.stat().st_size / 1e6
             where, verified = _where(load_checkpoint(path)), "yes"
             good += 1
+        except FileNotFoundError:
+            continue  # the run has just removed it
         except UserError as error:
             where, verified = f"{'':>8} {'':>8}  {'':<34}", f"NO: {error}"
         note = f" ({', '.join(links[path.name])})" if path.name in links else ""
-        print(f"{path.name:<18} {where} {path.stat().st_size / 1e6:>8.1f}  {verified}{note}")
+        print(f"{path.name:<18} {where} {size:>8.1f}  {verified}{note}")
     return 0 if good else EXIT_FAILED
 
 

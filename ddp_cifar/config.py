@@ -148,7 +148,8 @@ class TrainConfig:
     """Take only kernels of torch that repeat their bits, which a resume on a GPU needs to be exact. Slower; no change on a
     CPU, whose kernels all do."""
     max_hours: float | None = None
-    """Ask the run to stop this long after the command started: it saves, and leaves with status `stopped`. null: never."""
+    """Ask the run to stop this long after its processes started (anew, where torchrun restarts them): it saves, and leaves
+    with status `stopped`. null: never."""
     deadline: float | None = None
     """The same as unix time, in seconds: `$(date -d 'tomorrow 8:00' +%s)`. null: none."""
     agree_every: int = 5

@@ -1,5 +1,6 @@
 """Text for people: what happens on rank 0, warnings from any rank, the rank in front of every line."""
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -48,5 +49,6 @@ class _TerminalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        tqdm.write(self.format(record), file=stream)
-        stream.flush()
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone is no reason to end a run
+            tqdm.write(self.format(record), file=stream)
+            stream.flush()

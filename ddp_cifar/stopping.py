@@ -55,9 +55,9 @@ class Requests:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        signal.set_wakeup_fd(self._wakeup)
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
-        signal.set_wakeup_fd(self._wakeup)
         self._closed = True
         self._writer.close()
         self._thread.join()
@@ -113,9 +113,9 @@ class Requests:
     def _ask(self, reason: str) -> None:
         # a SIGINT is remembered as such, whatever was there before: the next signal then leaves at once
         if not self.reason or reason == "SIGINT":
-            if not self.reason:
+            is_news, self.reason = not self.reason, reason
+            if is_news:
                 log.info(f"asked to stop by {reason}")
-            self.reason = reason
 
 
 class Agreement:

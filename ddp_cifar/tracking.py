@@ -51,14 +51,20 @@ class JsonLinesTracker:
     def log(self, scalars: Scalars, step: int) -> None:
         row = {tag: None if _is_no_json(value) else value for tag, value in scalars.items()}
         self.unwritten += (json.dumps({"step": step} | row) + "\n").encode()
-        while self.unwritten:
-            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        self._write()
 
     def log_text(self, tag: str, text: str, step: int) -> None:
         pass
 
     def close(self) -> None:
-        self.file.close()
+        try:
+            self._write()
+        finally:
+            self.file.close()
+
+    def _write(self) -> None:
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
 
 class TensorBoardTracker:

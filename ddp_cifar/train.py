@@ -102,6 +102,8 @@ def main(argv: Sequence[str]) -> int:
             )
             log.error(message)
             record_error(message)
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+            status = 0  # torchrun would start the run again, which has ended
     return status
 
 

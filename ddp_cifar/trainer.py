@@ -76,7 +76,13 @@ class Progress:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():
-            setattr(self, name, Totals(**value) if name in ("train", "window") else value)
+            try:
+                setattr(self, name, Totals(**value) if name in ("train", "window") else value)
+            except TypeError as error:
+                raise UserError(
+                    f"the checkpoint's progress was made by another version of ddp_cifar ({error}): go on with that one, or "
+                    f"start a new run from its weights, with model.init"
+                ) from error
 
     def __str__(self) -> str:
         names = {"train/accuracy": "training", "val/accuracy": "validation", "test/accuracy": "test"}
@@ -203,7 +209,7 @@ class Trainer:
                         self.finish_epoch()
                 except Stopped as stopped:
                     reason = str(stopped)
-                    self.checkpoints.finish()  # this one must be kept, however long an earlier one takes
+                    self._finish_saves()  # this one must be kept, however long an earlier one takes
                     self.save()
                 self.agreement.finish()
         finally:
@@ -231,7 +237,7 @@ class Trainer:
     def save(self, is_best: bool = False) -> None:
         """Keep the state as it is; every rank must call it. Training goes on while rank 0 writes."""
         self._check_gradients()
-        self.progress.window += self.counter.reduce(self.world)
+        self._check_losses(self.counter.reduce(self.world))
         self.save_due = False
         self.saved_at = time.perf_counter()
         self.checkpoints.save(self.state_dict(), self.progress.step, is_best)
@@ -253,10 +259,7 @@ class Trainer:
     def load_state_dict(self, state: State, source: str) -> None:
         """Go on from a state. Raises `UserError`, which names `source`, if its data or its weights are not this run's."""
         before, now = Progress(), self.progress
-        try:
-            before.load_state_dict(state["progress"])
-        except TypeError as error:
-            raise UserError(f"{source} was made by another version of ddp_cifar ({error}): use that one") from error
+        before.load_state_dict(state["progress"])
         if before.data != now.data:
             raise UserError(
                 f"{source} was made with other data ({before.data}) than is here ({now.data}): "
@@ -483,6 +486,8 @@ class Trainer:
         config, saves = self.config, self.config.checkpoint
         minutes = saves.every_minutes
         due = minutes is not None and time.perf_counter() - self.saved_at >= 60 * minutes
+        if due:
+            self.saved_at = time.perf_counter()  # once: the save itself comes at the next exchange
         save = self.requests.take_save() or (due and self.world.is_main)
         every = config.train.check_replicas_every
         if every is not None and self.world.world_size > 1 and self.progress.step - self.checked_at >= every:
@@ -558,7 +563,7 @@ class Trainer:
         """End the run, on all ranks alike: every one of them must call it."""
 
         def last_good() -> str | None:
-            self.checkpoints.finish()
+            self._finish_saves()
             return str(self.checkpoints.last_good) if self.checkpoints.last_good else None
 
         saved = self.world.on_main(last_good)
@@ -594,6 +599,11 @@ class Trainer:
         return True
 
     # -- insides
+
+    def _finish_saves(self) -> None:
+        """Wait until what was saved is on the disk, which is no hang."""
+        while not self.checkpoints.finish(timeout_s=0.5):
+            self.heartbeat.beat(self.progress.step)
 
     def _survival(self) -> dict[str, float | str]:
         """What the run went through, with the share of its processes' time that advanced it."""

@@ -65,12 +65,13 @@ set +m
 # kill them; before there are any, torchrun is ended.
 # shellcheck disable=SC2329 # by the traps
 pass_on() {
-  interrupted=1
-  local ranks=()
-  read -ra ranks -d '' < <(cat "/proc/$agent/task/"*/children 2>/dev/null || pgrep -P "$agent") || true
-  if [ ${#ranks[@]} -gt 0 ]; then
-    kill -s "$1" "${ranks[@]}" 2>/dev/null || true
-  else
+  local ranks=() before=${interrupted:-}
+  interrupted=$1
+  read -ra ranks -d '' < <(cat "/proc/$agent/task/"*/children 2>/dev/null) || true
+  [ ${#ranks[@]} -gt 0 ] || read -ra ranks -d '' < <(pgrep -P "$agent" 2>/dev/null) || true
+  [ ${#ranks[@]} = 0 ] || kill -s "$1" "${ranks[@]}" 2>/dev/null || true
+  # after a second Ctrl-C the ranks end with an error, after which torchrun might start them again
+  if [ ${#ranks[@]} = 0 ] || [ "$before" = INT ]; then
     kill -TERM "$agent" 2>/dev/null || true
   fi
 }

@@ -233,7 +233,7 @@ def test_ranks_whose_torchrun_was_killed_end_too(run: Run, unbroken: Result) -> 
 @pytest.mark.slow
 def test_a_killed_agent_of_two_is_started_again_and_the_run_goes_on(run: Run, tmp_path: Path) -> None:
     """As a scheduler would: the agent where the nodes do not meet, with launch/node.sh, after all of it was killed."""
-    arguments = ("train.epochs=30",)
+    arguments = ("train.epochs=6",)
     head = f"127.0.0.1:{random.Random(os.getpid()).randrange(30000, 40000)}"
     nodes = {"NNODES": "2", "HEAD": head, "RUN_ID": "two", "LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     agents: list[subprocess.Popen[bytes]] = []
@@ -243,6 +243,7 @@ def test_a_killed_agent_of_two_is_started_again_and_the_run_goes_on(run: Run, tm
 
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {**os.environ, **nodes, "PATH": path, "MAX_RESTARTS": "3", "NPROC_PER_NODE": "1"}
+        environment["OMP_NUM_THREADS"] = "1"
         with open(tmp_path / f"node{len(agents)}.txt", "wb") as terminal:
             command = [str(CHECKOUT / "launch" / "node.sh"), *ARGUMENTS, *arguments, f"run_dir={run.path}"]
             agents.append(
