@@ -75,13 +75,13 @@ def main(argv: Sequence[str]) -> int:
         if resumed:
             trainer.load_state_dict(resumed.state, source=str(resumed.path))
             log.info(f"going on from {resumed.path}: {progress}")
-        start, tracker = None, contextlib.closing[Tracker](NullTracker())
-        if world.is_main:
-            start, tracker = start_records(run_dir, config, world, began, progress)
+        start, tracker = (
+            start_records(run_dir, config, world, began, progress) if world.is_main else (None, NullTracker())
+        )
         heartbeat = Heartbeat(run_dir.heartbeats, run_dir.logs, world, config.train.hang_timeout_s)
         requests.catch_signals()
-        with heartbeat, tracker as open_tracker, run_dir.recording_failure(is_lost_peer):
-            reason = trainer.fit(open_tracker, requests, heartbeat, start)
+        with heartbeat, contextlib.closing(tracker), run_dir.recording_failure(is_lost_peer):
+            reason = trainer.fit(tracker, requests, heartbeat, start)
 
         def end() -> int:
             """Say how the run ended, once all of it is on the disk; returns the exit status."""
@@ -116,7 +116,7 @@ def find_deadline(train: TrainConfig, began: float) -> float | None:
 
 def start_records(
     run_dir: RunDir, config: Config, world: World, began: float, progress: Progress
-) -> tuple[Start, "contextlib.closing[Tracker]"]:
+) -> tuple[Start, Tracker]:
     """Note the start, write config and status, and open the trackers. Raises `UserError` if run_dir cannot be written."""
     sign = read_sign(run_dir.heartbeats, rank=0)
     try:
@@ -131,7 +131,7 @@ def start_records(
     if start.restarts:
         log.info(f"start {start.restarts + 1} of this run; {start.steps_lost} steps were lost so far")
     tracker.log_text("config", f"```yaml\n{to_yaml(config)}```", progress.step)
-    return start, contextlib.closing(tracker)
+    return start, tracker
 
 
 def use_deterministic_kernels(deterministic: bool) -> None:

@@ -104,7 +104,7 @@ class Report(NamedTuple):
     save: int
     """1: it was asked for a checkpoint."""
     fingerprint: int
-    """Of its weights, at the step that is a multiple of `train.check_replicas_every`."""
+    """Of its weights, at the last step at which it was due."""
     window: int
     """The step of its last row of scalars, since which ..."""
     own_us: int
@@ -236,8 +236,7 @@ class Trainer:
 
     def save(self, is_best: bool = False) -> None:
         """Keep the state as it is; every rank must call it. Training goes on while rank 0 writes."""
-        self._check_gradients()
-        self._check_losses(self.counter.reduce(self.world))
+        self._settle_sums()
         self.save_due = False
         self.saved_at = time.perf_counter()
         self.checkpoints.save(self.state_dict(), self.progress.step, is_best)
@@ -308,8 +307,7 @@ class Trainer:
                     self.save()
         progress.evaluating = True
         self.epoch_seconds = self.epoch.seconds
-        self._check_gradients()
-        self._check_losses(self.counter.reduce(self.world))
+        self._settle_sums()
         self.timer.read()
 
     def finish_epoch(self) -> None:
@@ -425,8 +423,7 @@ class Trainer:
 
     def log_window(self) -> None:
         """A row of scalars over the steps since the last one, or since the epoch's start."""
-        norm = self._check_gradients()
-        self._check_losses(self.counter.reduce(self.world))
+        self._settle_sums()
         progress, totals = self.progress, self.progress.window
         progress.train += totals
         progress.window = Totals()
@@ -440,7 +437,7 @@ class Trainer:
             "train/loss": totals.mean_loss,
             "train/batch_accuracy": totals.accuracy,
             "train/lr": self.lr,
-            "train/grad_norm": norm,
+            "train/grad_norm": self.last_norm,
             "train/images_per_s": self.window.images / seconds,
             "time/step_s": seconds / steps,
             "time/data_s": phases["data"],
@@ -526,12 +523,20 @@ class Trainer:
 
     # -- what can go wrong
 
-    def _check_gradients(self) -> float:
-        """The norm of the last gradient; raises if one since the last call is not finite. Waits for the device."""
-        if not self.norms:
-            return self.last_norm
-        norms = torch.stack(self.norms).tolist()
-        self.norms.clear()
+    def _settle_sums(self) -> None:
+        """Count what ranks have computed since the last call to the window; raises if some of it is not finite.
+
+        Waits for the device; every rank must call it.
+        """
+        if self.norms:
+            self._check_gradients(torch.stack(self.norms).tolist())
+            self.norms.clear()
+        new = self.counter.reduce(self.world)
+        self.progress.window += new
+        self._check_losses(new)
+
+    def _check_gradients(self, norms: list[float]) -> None:
+        """Raise if one of the last steps' gradients, of which these are the norms, is not finite."""
         self.last_norm = norms[-1]
         bad = [i for i, norm in enumerate(norms) if not math.isfinite(norm)]
         # a scaled fp16 gradient overflows now and then, and the scaler leaves its update out
@@ -541,11 +546,9 @@ class Trainer:
                 f"the gradient of step {first + bad[0]} is not finite ({norms[bad[0]]}), {len(bad)} of those of steps "
                 f"{first} to {self.progress.step} are not"
             )
-        return self.last_norm
 
     def _check_losses(self, new: Totals) -> None:
-        """Count `new` images to the window; raises where the loss of one is not finite."""
-        self.progress.window += new
+        """Raise if the loss of one of the last images is not finite."""
         if new.nonfinite and self.config.train.on_nonfinite == "stop":
             where = self.world.gather([self.counter.own_nonfinite()])
             ranks = ", ".join(f"{count} on rank {rank}" for rank, (count,) in enumerate(where) if count)

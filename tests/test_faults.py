@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from soak import CHECKOUT, Result, processes, rows_of, run_until_finished, send, start, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_launch import rows as all_rows
 from test_mistakes import TINY
 
 from ddp_cifar.checkpoint import load_checkpoint
@@ -198,7 +199,7 @@ def test_a_killed_rank_is_started_again_by_torchrun(run: Run, unbroken: Result) 
     assert run.end(200) == 0, run.terminal
     assert run.status == "finished"
     assert Result.of(run.path) == unbroken
-    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    rows = all_rows(run.path)
     assert rows[-1]["run/restarts"] == 1
     assert 0 < rows[-1]["run/goodput"] < 1
 
@@ -307,12 +308,8 @@ def test_random_kills_change_no_bit_and_no_row(run: Run, tmp_path: Path) -> None
     assert {images for images, _ in ledgers} == {400}
     events = EventAccumulator(str(run.path / "tensorboard")).Reload()
     for tag in events.Tags()["scalars"]:
-        expected = [row["step"] for row in _all_rows(run.path) if tag in row]
+        expected = [row["step"] for row in all_rows(run.path) if tag in row]
         assert [event.step for event in events.Scalars(tag)] == expected, tag
-
-
-def _all_rows(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -433,10 +432,3 @@ def test_under_local_sh_the_line_is_last(shell: Callable[..., Any], tmp_path: Pa
     assert outcome.status != 0
     last = outcome.err.splitlines()[-1]
     assert "error: optim.lrr is not a key of the config; did you mean optim.lr?" in last
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)

@@ -3,7 +3,6 @@ that are killed are in test_faults.py.
 """
 
 import copy
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pytest
 import torch
 from helpers import Tiny, config_of, make_trainer, random_dataset
 from ranks import RankPool
+from soak import TIME_KEYS, wait_until
 from torch import Tensor, nn
 
 from ddp_cifar import heartbeat as heartbeat_module
@@ -41,7 +41,6 @@ SMALL = (
     "precision=fp32",
 )
 STEPS = 15  # 5 an epoch of 70 images
-TIME_KEYS = re.compile(r".*_s$|.*_per_s$|^run/")
 
 Row = dict[str, Any]
 
@@ -458,24 +457,17 @@ def test_stop_and_save_files_and_the_deadline_are_seen(tmp_path: Path, monkeypat
         time.sleep(0.1)
         assert (requests.reason, requests.take_save()) == ("", False)
         (tmp_path / "SAVE").touch()
-        wait_for(lambda: not (tmp_path / "SAVE").exists())
-        wait_for(requests.take_save)
+        assert wait_until(lambda: not (tmp_path / "SAVE").exists(), 10)
+        assert wait_until(requests.take_save, 10)
         assert not requests.take_save()
         (tmp_path / "STOP").touch()
-        wait_for(lambda: requests.reason == "the file STOP")
+        assert wait_until(lambda: requests.reason == "the file STOP", 10)
         assert (tmp_path / "STOP").exists(), "it stays until the run has stopped, in case it is killed before"
         requests.stopped()
         assert not (tmp_path / "STOP").exists()
     with Requests(None, deadline=time.time() + 0.2) as requests:
         assert requests.reason == ""
-        wait_for(lambda: requests.reason == "train.deadline")
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+        assert wait_until(lambda: requests.reason == "train.deadline", 10)
 
 
 def test_the_earlier_of_deadline_and_max_hours_counts() -> None:
