@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_cifar.errors import UserError
@@ -185,6 +186,8 @@ def open_world(device: str = "auto", backend: str = "auto") -> Iterator[World]:
     if "RANK" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]  # needs no port
     try:
+        if _is_restarted_on_a_used_store():
+            options |= {"store": _unused_part_of_the_store(), "rank": rank, "world_size": world_size}
         dist.init_process_group(**options)
     except (RuntimeError, ValueError, dist.DistError) as error:
         host, port = os.environ.get("MASTER_ADDR", "?"), os.environ.get("MASTER_PORT", "?")
@@ -227,6 +230,23 @@ def _attempt(function: Callable[[], object]) -> list[Any]:
         except Exception:
             return [None, RuntimeError(repr(error))]
         return [None, error]
+
+
+def _is_restarted_on_a_used_store() -> bool:
+    """True where torchrun has started this rank again, and its store still has the addresses of the ranks that are gone.
+
+    With several agents, each of which counts its own restarts, launch/node.sh has torchrun make a new store instead.
+    """
+    restarts = _from_environment("TORCHELASTIC_RESTART_COUNT", 0)
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return restarts > 0 and shared and _from_environment("GROUP_WORLD_SIZE", 1) == 1
+
+
+def _unused_part_of_the_store() -> PrefixStore:
+    """torchrun's store, under names that belong to this restart: ranks would wait for the dead ones' addresses."""
+    address, port = os.environ["MASTER_ADDR"], _from_environment("MASTER_PORT", 0)
+    store = TCPStore(address, port, is_master=False, timeout=COLLECTIVE_TIMEOUT)
+    return PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def _from_environment(name: str, default: int) -> int:
