@@ -9,7 +9,6 @@ import hashlib
 import io
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +19,6 @@ from torch import Tensor, nn
 from ddp_cifar.config import Config, flatten, to_dict
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
-
-PATIENCE_S = 60.0
-"""For an earlier save; a disk that takes longer costs checkpoints rather than time."""
 
 State = dict[str, Any]
 PARTS = ("model", "optimizer", "progress", "config")  # and, where they are on, "ema" and "scaler"
@@ -202,8 +198,6 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
         self.failed_saves = 0
-        self.waited_s = 0.0
-        """Seconds that the training has waited for saves."""
         self.last_good: Path | None = None
         self.bad: set[Path] = set()
         self._writer: threading.Thread | None = None
@@ -233,28 +227,28 @@ class Checkpoints:
             )
         return None
 
-    def save(self, state: State, step: int, is_best: bool) -> None:
+    def save(
+        self, state: State, step: int, best_step: int | None = None, first: Callable[[], None] = lambda: None
+    ) -> None:
         """Save `state` as it is now, on a thread; the caller may change it at once.
 
-        An earlier save is waited for, but not longer than `PATIENCE_S`: then this one is left out, with a warning.
+        `best_step`: whose checkpoint is the best so far. `first` is called on the thread: what must be on the disk before
+        the checkpoint is. While an earlier save is still being written, this one is left out, with a warning.
         """
-        started = time.perf_counter()
-        if not self.finish(PATIENCE_S):
-            self._failed(self._path(step), f"the one before is not written after {PATIENCE_S:.0f} s")
-            self.waited_s += time.perf_counter() - started
+        if not self.finish(timeout_s=0):
+            self._failed(self._path(step), "the one before is still being written")
             return
         copied, wait = snapshot(state)
 
         def write() -> None:
             try:
                 wait()
-                self._write(copied, step, is_best)
+                self._write(copied, step, best_step, first)
             except BaseException as error:
                 self._error = error
 
         self._writer = threading.Thread(target=write, name="checkpoint")
         self._writer.start()
-        self.waited_s += time.perf_counter() - started
 
     def finish(self, timeout_s: float | None = None) -> bool:
         """Wait until what was saved is on the disk; False if it is not within `timeout_s`."""
@@ -268,16 +262,23 @@ class Checkpoints:
             raise error
         return True
 
-    def _write(self, state: State, step: int, is_best: bool) -> None:
+    def link(self, latest: Path, best_step: int | None) -> None:
+        """Set `latest.pt` and `best.pt`. For a run that goes on: a kill may have come between a checkpoint and its links."""
+        for name, path in (("latest.pt", latest), ("best.pt", None if best_step is None else self._path(best_step))):
+            link = self.folder / name
+            # the best may be one that could not be saved
+            if path and path.exists() and not (link.is_symlink() and os.readlink(link) == path.name):
+                _link(link, path)
+
+    def _write(self, state: State, step: int, best_step: int | None, first: Callable[[], None]) -> None:
         """Write, set the links and remove good ones beyond `keep`. A failure is a warning, and counted: training goes on."""
         path = self._path(step)
         try:
+            first()
             save_checkpoint(path, state)
             self.bad.discard(path)
             self.last_good = path
-            _link(self.folder / "latest.pt", path)
-            if is_best:
-                _link(self.folder / "best.pt", path)
+            self.link(path, best_step)
             self._remove_old()
         except OSError as error:
             self._failed(path, error.strerror or str(error))
@@ -302,7 +303,9 @@ class Checkpoints:
 class NullCheckpoints(Checkpoints):
     """Saves nothing: every rank but 0 has one, so that the loop need not ask which rank it is on."""
 
-    def save(self, state: State, step: int, is_best: bool) -> None:
+    def save(
+        self, state: State, step: int, best_step: int | None = None, first: Callable[[], None] = lambda: None
+    ) -> None:
         pass
 
     def finish(self, timeout_s: float | None = None) -> bool:
@@ -322,6 +325,8 @@ def find_checkpoint(resume: str, own: Checkpoints) -> Loaded | None:
             )
         return None
     latest = own.load_latest()
+    if latest:
+        own.link(latest.path, latest.state["progress"].get("best_step"))
     path = Path(resume)
     if resume == "auto" or (latest and path.parent.resolve() != own.folder.resolve()):
         if resume != "auto":
@@ -334,7 +339,8 @@ def find_checkpoint(resume: str, own: Checkpoints) -> Loaded | None:
             f"to go on from it, take another run_dir"
         )
     if not latest:
-        found.state["progress"]["best_val_accuracy"] = -1.0  # another run's best is not in this run_dir
+        # another run's best is not in this run_dir
+        found.state["progress"] |= {"best_val_accuracy": -1.0, "best_step": None}
     return found
 
 

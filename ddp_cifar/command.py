@@ -17,7 +17,7 @@ from ddp_cifar.log import log, set_up_logging
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_SAVE_FAILED = 1, 2, 3
 
 
-def run_command(main: Callable[[Sequence[str]], int]) -> None:
+def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run `main(argv)` and exit: its status, 2 after a `UserError`, 1 after any other exception.
 
     The exception is also left where torchrun looks for it, so that its report, and launch/*.sh, repeat the line. But for
@@ -45,9 +45,8 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
             log.error(details)
             record_error(f"{type(error).__name__}: {error}", details)
     _flush()
-    if status:
-        # past the interpreter's own end, which could wait for peers that are gone
-        os._exit(status)
+    # past the interpreter's own end, which could wait for peers that are gone, and in which a signal would still kill
+    os._exit(status)
 
 
 def leave(message: str) -> NoReturn:

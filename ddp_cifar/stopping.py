@@ -70,8 +70,10 @@ class Requests:
 
     def take_save(self) -> bool:
         """True if a checkpoint was asked for since the last call."""
-        save, self._save = self._save, False
-        return save
+        if not self._save:
+            return False
+        self._save = False  # one that comes just now is served by the same checkpoint
+        return True
 
     def stopped(self) -> None:
         """The run has stopped: the file STOP has done its work."""

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,9 @@ class Tracker(Protocol):
 
     def log_text(self, tag: str, text: str, step: int) -> None: ...
 
+    def sync(self) -> None:
+        """Have all of it on the disk; may be called from any thread."""
+
     def close(self) -> None: ...
 
 
@@ -32,6 +36,9 @@ class NullTracker:
         pass
 
     def log_text(self, tag: str, text: str, step: int) -> None:
+        pass
+
+    def sync(self) -> None:
         pass
 
     def close(self) -> None:
@@ -55,6 +62,9 @@ class JsonLinesTracker:
 
     def log_text(self, tag: str, text: str, step: int) -> None:
         pass
+
+    def sync(self) -> None:
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         try:
@@ -90,6 +100,9 @@ class TensorBoardTracker:
         with self._anew_if_broken():
             self.writer.add_text(tag, text, step)
 
+    def sync(self) -> None:
+        self.writer.flush()
+
     def close(self) -> None:
         self.writer.close()
 
@@ -119,6 +132,9 @@ class _All:
 
     def log_text(self, tag: str, text: str, step: int) -> None:
         self._each(lambda tracker: tracker.log_text(tag, text, step))
+
+    def sync(self) -> None:
+        self._each(lambda tracker: tracker.sync())
 
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())
@@ -164,7 +180,10 @@ def _cut(path: Path, step: int, epoch: int) -> list[dict[str, Any]]:
                 lines.append(line)
                 rows.append(row)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
     return rows
 

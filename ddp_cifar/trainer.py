@@ -40,6 +40,8 @@ from ddp_cifar.tracking import NullTracker, Scalars, Tracker
 
 STRAGGLER_FLOOR_US = 1000
 """A rank that is slower by less than this, in microseconds a step, is no straggler."""
+SAVE_PATIENCE_S = 60.0
+"""For an earlier save; a disk that takes longer costs checkpoints rather than time."""
 
 
 @dataclass
@@ -61,6 +63,10 @@ class Progress:
     results: dict[str, float] = dataclasses.field(default_factory=dict)
     """The scalars of the last evaluation, such as `test/accuracy`."""
     best_val_accuracy: float = -1.0
+    best_step: int | None = None
+    """At which that was; None without validation images."""
+    updates: int = 0
+    """Steps whose update was not left out."""
     data: str = ""
     """What the run trains on, in words and a checksum of the labels: steps and sample ids mean nothing with other data."""
     conditions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -179,6 +185,7 @@ class Trainer:
         self.checked_at = 0
         self.last_norm = 0.0
         self.resumed_at = self.saved_at = time.perf_counter()
+        self.waiting_s = 0.0  # for saves
         self._settle_buckets()
 
     # -- a run
@@ -234,12 +241,15 @@ class Trainer:
                 reason = REASONS[report.reason]
                 raise Stopped(reason if self.world.world_size == 1 else f"{reason} (rank {rank})")
 
-    def save(self, is_best: bool = False) -> None:
+    def save(self) -> None:
         """Keep the state as it is; every rank must call it. Training goes on while rank 0 writes."""
         self._settle_sums()
         self.save_due = False
         self.saved_at = time.perf_counter()
-        self.checkpoints.save(self.state_dict(), self.progress.step, is_best)
+        self._finish_saves(SAVE_PATIENCE_S)
+        # its rows go first: of one that is there, the rows up to it are
+        self.checkpoints.save(self.state_dict(), self.progress.step, self.progress.best_step, first=self.tracker.sync)
+        self.waiting_s += time.perf_counter() - self.saved_at
 
     def state_dict(self) -> State:
         """All that a run needs to go on: plain dicts, lists, tensors, numbers and strings."""
@@ -271,7 +281,7 @@ class Trainer:
         load_optimizer_state(self.optimizer, state["optimizer"])
         if self.ema:
             load_weights(self.ema.module, state["ema"], source)
-            self.ema.n_averaged.fill_(before.step)  # what is 0 is overwritten by the next weights
+            self.ema.n_averaged.fill_(before.updates)  # what is 0 is overwritten by the next weights
         if "scaler" in state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         before.conditions = now.conditions
@@ -340,7 +350,8 @@ class Trainer:
             progress.results = results
             val_accuracy = results.get("val/accuracy", -1.0)
             is_best = val_accuracy > progress.best_val_accuracy
-            progress.best_val_accuracy = max(val_accuracy, progress.best_val_accuracy)
+            if is_best:
+                progress.best_val_accuracy, progress.best_step = val_accuracy, progress.step
         self.tracker.log(scalars | self._survival(), progress.step)
         log.info(_epoch_line(scalars, "" if ended else f" (to step {progress.step})"))
 
@@ -350,7 +361,7 @@ class Trainer:
             progress.step_in_epoch = 0
             progress.train = progress.window = Totals()
         if is_last or is_best or self.save_due or number % config.checkpoint.every_epochs == 0:
-            self.save(is_best)
+            self.save()
 
     # -- a step
 
@@ -391,6 +402,7 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.train.clip_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.progress.updates += 1
         if self.ema:
             self.ema.update_parameters(self.model)
             for average, buffer in zip(self.ema.module.buffers(), self.model.buffers(), strict=True):
@@ -603,9 +615,10 @@ class Trainer:
 
     # -- insides
 
-    def _finish_saves(self) -> None:
-        """Wait until what was saved is on the disk, which is no hang."""
-        while not self.checkpoints.finish(timeout_s=0.5):
+    def _finish_saves(self, patience_s: float = math.inf) -> None:
+        """Wait until what was saved is on the disk, but no longer than `patience_s`; it does not count as a hang."""
+        deadline = time.perf_counter() + patience_s
+        while not self.checkpoints.finish(timeout_s=0.5) and time.perf_counter() < deadline:
             self.heartbeat.beat(self.progress.step)
 
     def _survival(self) -> dict[str, float | str]:
@@ -613,7 +626,7 @@ class Trainer:
         if not self.start:
             return {}
         occupied_s = self.start.occupied_s + time.time() - self.start.time
-        productive_s = self.start.productive_s + time.perf_counter() - self.resumed_at - self.checkpoints.waited_s
+        productive_s = self.start.productive_s + time.perf_counter() - self.resumed_at - self.waiting_s
         return {
             "run/restarts": self.start.restarts,
             "run/steps_lost": self.start.steps_lost,

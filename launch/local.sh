@@ -35,6 +35,11 @@ export HEAD="127.0.0.1:$((20000 + $$ % 10000))" RUN_ID="local-$$" LOCAL_ADDR=127
 export GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo
 
 nodes=()
+signal_all() { kill -s "$1" "${nodes[@]}" 2>/dev/null || true; }
+trap 'interrupted=1; signal_all INT' INT
+trap 'interrupted=1; signal_all TERM' TERM HUP
+trap 'interrupted=1; signal_all USR1' USR1
+trap 'interrupted=1; signal_all QUIT' QUIT
 set -m # else the shell has its background ignore Ctrl-C, and the nodes could not pass it on
 for ((node = 0; node < nnodes; node++)); do
   if [ "$NPROC_PER_NODE" -le "$per_node" ]; then
@@ -46,12 +51,6 @@ for ((node = 0; node < nnodes; node++)); do
   nodes+=($!)
 done
 set +m
-signal_all() { kill -s "$1" "${nodes[@]}" 2>/dev/null || true; }
-trap 'interrupted=1; signal_all INT' INT
-trap 'interrupted=1; signal_all TERM' TERM HUP
-trap 'interrupted=1; signal_all USR1' USR1
-trap 'interrupted=1; signal_all QUIT' QUIT
-
 status=0 running=$nnodes
 while [ "$running" -gt 0 ]; do
   wait -n && ended=0 || ended=$?
@@ -62,6 +61,9 @@ while [ "$running" -gt 0 ]; do
     signal_all QUIT # they would wait for the one that failed
   fi
 done
-for node in "${nodes[@]}"; do wait_for "$node" || true; done
+for node in "${nodes[@]}"; do # two may have ended at once
+  wait_for "$node" && ended=0 || ended=$?
+  [ "$status" != 0 ] || status=$ended
+done
 [ "$status" = 0 ] || { sleep 0.2; repeat_error "$LOG_DIR"; }
 exit "$status"

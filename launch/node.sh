@@ -52,6 +52,38 @@ else
 fi
 [ -z "${LOCAL_ADDR:-}" ] || flags+=(--local-addr="$LOCAL_ADDR")
 
+# pass_on SIGNAL: to the ranks, torchrun's children, rather than to torchrun, which would end with status 1 and after a while
+# kill them; before there are any, torchrun is ended.
+# shellcheck disable=SC2329 # by the traps
+pass_on() {
+  local ranks=() before=${interrupted:-}
+  interrupted=$1
+  [ -n "${agent:-}" ] || exit 1
+  read -ra ranks -d '' < <(cat "/proc/$agent/task/"*/children 2>/dev/null) || true
+  [ ${#ranks[@]} -gt 0 ] || read -ra ranks -d '' < <(pgrep -P "$agent" 2>/dev/null) || true
+  [ ${#ranks[@]} = 0 ] || kill -s "$1" "${ranks[@]}" 2>/dev/null || true
+  # after a second Ctrl-C the ranks end with an error, after which torchrun might start them again
+  if [ ${#ranks[@]} = 0 ] || [ "$before" = INT ]; then
+    kill -TERM "$agent" 2>/dev/null || true
+  elif [ "${MAX_RESTARTS:-0}" != 0 ] && [ "$1" != USR1 ]; then
+    end_when_replaced "${ranks[@]}" &
+  fi
+}
+
+# end_when_replaced RANK...: ranks that were still importing torch die of the signal; torchrun shall not start others for them.
+# shellcheck disable=SC2329 # by pass_on
+end_when_replaced() {
+  while kill -0 "$agent" 2>/dev/null; do
+    sleep 0.2
+    if kill -0 "$@" 2>/dev/null; then continue; fi
+    if pgrep -P "$agent" >/dev/null; then kill -TERM "$agent" 2>/dev/null || true; fi
+  done
+}
+trap 'pass_on INT' INT
+trap 'pass_on TERM' TERM HUP
+trap 'pass_on USR1' USR1
+trap 'interrupted=1; kill -TERM "${agent:-$$}" 2>/dev/null || true' QUIT
+
 # In a process group of its own (-m), so that Ctrl-C comes once, from here. SIGUSR1 would end torchrun, and leave its ranks.
 set -m
 (
@@ -60,25 +92,6 @@ set -m
 ) &
 agent=$!
 set +m
-
-# pass_on SIGNAL: to the ranks, torchrun's children, rather than to torchrun, which would end with status 1 and after a while
-# kill them; before there are any, torchrun is ended.
-# shellcheck disable=SC2329 # by the traps
-pass_on() {
-  local ranks=() before=${interrupted:-}
-  interrupted=$1
-  read -ra ranks -d '' < <(cat "/proc/$agent/task/"*/children 2>/dev/null) || true
-  [ ${#ranks[@]} -gt 0 ] || read -ra ranks -d '' < <(pgrep -P "$agent" 2>/dev/null) || true
-  [ ${#ranks[@]} = 0 ] || kill -s "$1" "${ranks[@]}" 2>/dev/null || true
-  # after a second Ctrl-C the ranks end with an error, after which torchrun might start them again
-  if [ ${#ranks[@]} = 0 ] || [ "$before" = INT ]; then
-    kill -TERM "$agent" 2>/dev/null || true
-  fi
-}
-trap 'pass_on INT' INT
-trap 'pass_on TERM' TERM HUP
-trap 'pass_on USR1' USR1
-trap 'interrupted=1; kill -TERM "$agent" 2>/dev/null || true' QUIT
 wait_for "$agent" && status=0 || status=$?
 
 [ "$status" = 0 ] || repeat_error "$log_dir"

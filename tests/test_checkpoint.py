@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddp_cifar.checkpoint import Checkpoints, digest, load_checkpoint, save_checkpoint
+from ddp_cifar.checkpoint import Checkpoints, digest, find_checkpoint, load_checkpoint, save_checkpoint
 from ddp_cifar.errors import UserError
 
 
@@ -58,7 +58,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     monkeypatch.setattr(log, "propagate", True)
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (1, 2):
-        checkpoints.save(state_of(float(step)), step, is_best=False)
+        checkpoints.save(state_of(float(step)), step)
         checkpoints.finish()
     newest = tmp_path / "step_00000002.pt"
     content = bytearray(newest.read_bytes())
@@ -74,36 +74,53 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
 def test_the_newest_and_the_best_are_kept_and_linked(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in range(1, 6):
-        checkpoints.save(state_of(float(step)), step, is_best=step == 2)
+        checkpoints.save(state_of(float(step)), step, best_step=2 if step >= 2 else None)
         checkpoints.finish()
     assert [path.name for path in checkpoints.paths()] == [f"step_{step:08d}.pt" for step in (5, 4, 2)]
     assert os.readlink(tmp_path / "latest.pt") == "step_00000005.pt"
     assert os.readlink(tmp_path / "best.pt") == "step_00000002.pt"
 
 
+def test_links_that_a_kill_prevented_are_set_by_the_next_start(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (1, 2):
+        state = state_of()
+        state["progress"]["best_step"] = step
+        checkpoints.save(state, step, best_step=step)
+        checkpoints.finish()
+        if step == 1:  # as a kill between the second one's rename and its links would leave it
+            kept = (tmp_path / "step_00000001.pt").read_bytes()
+    (tmp_path / "step_00000001.pt").write_bytes(kept)
+    for link in ("latest.pt", "best.pt"):
+        (tmp_path / link).unlink()
+        (tmp_path / link).symlink_to("step_00000001.pt")
+    find_checkpoint("auto", Checkpoints(tmp_path, keep=1))
+    assert os.readlink(tmp_path / "latest.pt") == os.readlink(tmp_path / "best.pt") == "step_00000002.pt"
+
+
 def test_a_damaged_checkpoint_takes_no_good_ones_place(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(state_of(), 60, is_best=False)
+    checkpoints.save(state_of(), 60)
     checkpoints.finish()
     (tmp_path / "step_00000100.pt").write_bytes(b"half of it")
     found = checkpoints.load_latest()
     assert found is not None
     assert found.path.name == "step_00000060.pt"
-    checkpoints.save(state_of(), 80, is_best=False)
+    checkpoints.save(state_of(), 80)
     checkpoints.finish()
     assert [path.name for path in checkpoints.paths()] == ["step_00000100.pt", "step_00000080.pt"]
 
 
 def test_without_a_best_there_is_no_best(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(state_of(), 1, is_best=False)
+    checkpoints.save(state_of(), 1)
     checkpoints.finish()
     assert not (tmp_path / "best.pt").exists()
 
 
 def test_a_full_disk_costs_a_warning_and_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(state_of(), 1, is_best=False)
+    checkpoints.save(state_of(), 1)
     checkpoints.finish()
     before = (tmp_path / "step_00000001.pt").read_bytes()
 
@@ -111,7 +128,7 @@ def test_a_full_disk_costs_a_warning_and_no_checkpoint(tmp_path: Path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    checkpoints.save(state_of(2.0), 2, is_best=False)
+    checkpoints.save(state_of(2.0), 2)
     checkpoints.finish()
     assert checkpoints.failed_saves == 1
     assert [path.name for path in checkpoints.paths()] == ["step_00000001.pt"]
@@ -122,7 +139,7 @@ def test_a_full_disk_costs_a_warning_and_no_checkpoint(tmp_path: Path, monkeypat
 def test_a_write_killed_half_way_leaves_the_older_checkpoint(tmp_path: Path) -> None:
     """What a kill leaves is a temporary file, which no one takes for a checkpoint, and which the next save replaces."""
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(state_of(), 1, is_best=False)
+    checkpoints.save(state_of(), 1)
     checkpoints.finish()
     (tmp_path / "step_00000002.pt.tmp").write_bytes(b"half of it")
     found = checkpoints.load_latest()

@@ -107,6 +107,15 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_as_unbroken(
     assert run.finish() == unbroken
 
 
+def test_a_stop_while_ranks_import_torch_is_no_failure_to_restart_after(run: Run) -> None:
+    run.launcher = start(run.path, 2, *LONG, MAX_RESTARTS="3")
+    assert wait_until(lambda: run.size == 2, 30), run.terminal
+    send([run.launcher.pid], signal.SIGTERM)
+    assert run.end(30) == 1
+    assert run.terminal.splitlines()[-1] == "error: interrupted"
+    assert not list(run.path.glob("checkpoints/*"))
+
+
 def test_ctrl_c_stops_and_saves_and_twice_leaves_at_once(run: Run) -> None:
     run.start(*LONG)
     send([run.launcher.pid], signal.SIGINT)

@@ -2,6 +2,8 @@
 
 import json
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,24 @@ def test_going_on_drops_what_was_logged_past_the_checkpoint(tmp_path: Path) -> N
         (3, -3.0),
         (4, -4.0),
     ]
+
+
+def test_what_is_synced_outlives_a_kill(tmp_path: Path) -> None:
+    """Rows before a checkpoint are not computed again, so both files must have them once it is there."""
+    script = f"""if True:
+        import os, pathlib
+        from ddp_cifar.tracking import build_tracker
+        folder = pathlib.Path({str(tmp_path)!r})
+        tracker = build_tracker(folder / "metrics.jsonl", folder / "tensorboard", step=0)
+        for step in range(1, 4):
+            tracker.log({{"train/loss": float(step)}}, step)
+        tracker.sync()
+        os.kill(os.getpid(), 9)
+    """
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
 
 
 def test_rows_that_cannot_be_written_are_written_once_they_can(
