@@ -34,7 +34,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         images = options.steps * options.batch * world.world_size
         data = DataSet(split_of(random_cifar10((options.rounds + 1) * images)), None, tuple("abcdefghij"))
-        off = make_trainer(world, data, options.batch, f"train.agree_every={NEVER}", "train.check_replicas_every=null")
+        off = make_trainer(world, data, options.batch, f"train.agree_every={NEVER}", "train.fingerprint_every=null")
         off.counter.ledger = None
         on = make_trainer(world, data, options.batch)
         on.checkpoints = (Checkpoints if world.is_main else NullCheckpoints)(folder, keep=1)

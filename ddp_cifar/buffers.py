@@ -6,7 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ddp_cifar.distributed import World
+from ddp_cifar.tree_sum import TreeSum
+
+StartSum = Callable[[Tensor], Callable[[], None]]
+"""Begins to sum a tensor over ranks, in place, and returns a function that waits for it."""
 
 
 class BufferMean:
@@ -19,8 +22,9 @@ class BufferMean:
     The model's buffers become views of one flat tensor a dtype, so that they are copied and summed all at once.
     """
 
-    def __init__(self, model: nn.Module, world: World, num_micro_batches: int) -> None:
-        self.world = world
+    def __init__(self, model: nn.Module, num_micro_batches: int, start_sum: StartSum) -> None:
+        self.start_sum = start_sum
+        self.changes = TreeSum()
         by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
         for buffer in model.buffers():
             by_dtype[buffer.dtype].append(buffer)
@@ -34,7 +38,6 @@ class BufferMean:
         if self.needed:
             self.starts = [flat.clone() for flat in self.flats]
             self.float_starts = [start for start in self.starts if start.is_floating_point()]
-            self.changes = [torch.zeros_like(flat) for flat in self.floats]
 
     def begin_micro_batch(self) -> None:
         """Put the buffers back to the step's start."""
@@ -45,17 +48,18 @@ class BufferMean:
     def end_micro_batch(self, weight: float) -> None:
         """Count the change that a forward pass made, by the micro-batch's share of the step's images."""
         if self.needed:
-            for change, flat, start in zip(self.changes, self.floats, self.float_starts, strict=True):
-                change.add_(flat - start, alpha=weight)
+            pairs = zip(self.floats, self.float_starts, strict=True)
+            self.changes.add([(flat - start) * weight for flat, start in pairs])
 
     def start_reducing(self) -> Callable[[], None]:
         """Begin to sum the changes over ranks; the function returned waits and sets the buffers."""
         if not self.needed:
             return lambda: None
-        waits = [self.world.start_sum(change) for change in self.changes]
+        changes = self.changes.take()
+        waits = [self.start_sum(change) for change in changes]
 
         def finish() -> None:
-            for wait, change, flat, start in zip(waits, self.changes, self.floats, self.float_starts, strict=True):
+            for wait, change, flat, start in zip(waits, changes, self.floats, self.float_starts, strict=True):
                 wait()
                 torch.add(start, change, out=flat)
 

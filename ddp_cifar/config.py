@@ -147,6 +147,11 @@ class TrainConfig:
     deterministic: bool = False
     """Take only kernels of torch that repeat their bits, which a resume on a GPU needs to be exact. Slower; no change on a
     CPU, whose kernels all do."""
+    reproducible: bool = False
+    """Compute the same bits on any number of ranks: 1, 2, 4 ... up to the micro-batches of a step, which must be a power of
+    two. Sums over micro-batches are taken in a fixed order; kernels are as with `deterministic`."""
+    threads: int | None = None
+    """CPU threads a rank. null: OMP_NUM_THREADS; with `reproducible` on a CPU 1, as bits depend on it."""
     max_hours: float | None = None
     """Ask the run to stop this long after its processes started (anew, where torchrun restarts them): it saves, and leaves
     with status `stopped`. null: never."""
@@ -159,8 +164,9 @@ class TrainConfig:
     """End the run, naming the silent ranks, once no rank has completed a step, or a batch of an evaluation, for so long."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A gradient that is not finite: end the run, or leave out its update. `skip` waits for the device in every step."""
-    check_replicas_every: int | None = 200
-    """Steps from one comparison of all ranks' weights to the next. null: never."""
+    fingerprint_every: int | None = 200
+    """Steps from one fingerprint of the weights to the next: a row of metrics.jsonl, by which runs are compared, as all
+    ranks are; each epoch's end has one too. null: at the end of an epoch alone."""
     straggler_factor: float | None = 2.0
     """Report a rank, once, whose own work took this many times as long as the other ranks' over `log_every` steps, twice in
     a row. null: never."""
@@ -195,8 +201,9 @@ class TrainConfig:
         _require(self.agree_every >= 1, "train.agree_every", self.agree_every, "1 or more")
         # torch's own limit for a collective is half an hour, and names no rank
         _require(2 <= self.hang_timeout_s <= 1500, "train.hang_timeout_s", self.hang_timeout_s, "2 to 1500")
-        check = self.check_replicas_every
-        _require(check is None or check >= 1, "train.check_replicas_every", check, "1 or more, or null")
+        _require(self.threads is None or self.threads >= 1, "train.threads", self.threads, "1 or more, or null")
+        every = self.fingerprint_every
+        _require(every is None or every >= 1, "train.fingerprint_every", every, "1 or more, or null")
         factor = self.straggler_factor
         _require(factor is None or 1 < factor < math.inf, "train.straggler_factor", factor, "above 1, or null")
 
@@ -206,7 +213,7 @@ class EvalConfig:
     every: int = 1
     """Epochs from one evaluation to the next; the last epoch is always evaluated."""
     batch_size: int = 500
-    """Images of one forward pass on one rank in evaluation. Changes speed and memory only."""
+    """Images of one forward pass on one rank in evaluation. Changes speed, memory and rounding only."""
     train_accuracy: Literal["running", "full"] = "running"
     """running: over the epoch's own training batches, at no cost. full: a pass in eval mode over the augmented training
     set after each epoch, as the article does."""

@@ -87,6 +87,10 @@ class World:
         """Every rank's `numbers`, as many on each: a list a rank."""
         return self.start_gather(numbers)()
 
+    def new_group(self, timeout: timedelta = COLLECTIVE_TIMEOUT, backend: str | None = None) -> dist.ProcessGroup:
+        """All ranks once more, for collectives that come in an order of their own. Every rank must call it."""
+        return cast(dist.ProcessGroup, dist.new_group(backend=backend or self.backend, timeout=timeout))
+
     def on_main(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0 and return its result on every rank; what it raises is raised on every rank.
 
@@ -108,7 +112,7 @@ class World:
             return function()
         outcome = _attempt(function) if self.local_rank == 0 else [None, None]
         outcomes: list[Any] = [None] * self.world_size
-        patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+        patient = self.new_group(PATIENCE, "gloo")
         dist.all_gather_object(outcomes, outcome, group=patient)
         dist.destroy_process_group(patient)
         for _, failure in outcomes:

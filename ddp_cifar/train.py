@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     ):
         world.on_main(run_dir.claim)
         log_to_file(run_dir.rank_log(world.rank), world.rank, world.world_size)
-        use_deterministic_kernels(config.train.deterministic)
+        set_up_kernels(config.train, world)
 
         checkpoints = (Checkpoints if world.is_main else NullCheckpoints)(run_dir.checkpoints, config.checkpoint.keep)
         resumed = world.on_main(lambda: find_checkpoint(config.resume, checkpoints))
@@ -134,12 +134,31 @@ def start_records(
     return start, tracker
 
 
-def use_deterministic_kernels(deterministic: bool) -> None:
-    """Have torch take only kernels that repeat their bits, and raise where an operation has none."""
+def set_up_kernels(train: TrainConfig, world: World) -> None:
+    """Set CPU threads, and whether torch takes only kernels that repeat their bits, and raises where an operation has none."""
+    on_cpu = world.device.type == "cpu"
+    threads = train.threads or (1 if train.reproducible and on_cpu else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    deterministic = train.deterministic or train.reproducible
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for, before its first use
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a search for bugs, and slow
+    if train.reproducible:
+        count = check_batch_size(train, world.world_size)
+        sizes = ", ".join(str(2**i) for i in range(count.bit_length()))
+        fixed = f"{_threads()} a rank" if on_cpu else "no choice of cuDNN kernels by trial"
+        log.info(
+            f"reproducible: the same bits on {sizes} ranks; sums over {count} micro-batches in a fixed tree, deterministic "
+            f"kernels, {fixed}"
+        )
+
+
+def _threads() -> str:
+    number = torch.get_num_threads()
+    return f"{number} CPU thread{'s' * (number > 1)}"
 
 
 def build_trainer(
@@ -167,7 +186,7 @@ def build_trainer(
     precision = pick_precision(config.precision, world)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    threads = f", {torch.get_num_threads()} threads a rank" if place.type == "cpu" else ""
+    threads = f", {_threads()} a rank" if place.type == "cpu" else ""
     data = dataset.describe()
     dataset = dataset.to(place)
     log.info(f"{config.data.name}: {data}")

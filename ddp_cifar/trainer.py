@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -37,6 +38,7 @@ from ddp_cifar.run_dir import Start
 from ddp_cifar.seeding import seed_dropout
 from ddp_cifar.stopping import REASONS, Agreement, Requests
 from ddp_cifar.tracking import NullTracker, Scalars, Tracker
+from ddp_cifar.tree_sum import TreeReduction
 
 STRAGGLER_FLOOR_US = 1000
 """A rank that is slower by less than this, in microseconds a step, is no straggler."""
@@ -142,6 +144,11 @@ class Trainer:
         self.plan = train.sampler.plan
         self.model = model
         self.ddp = world.wrap(model)
+        self.tree: TreeReduction | None = None
+        if config.train.reproducible:
+            if not isinstance(self.ddp, DistributedDataParallel):
+                raise UserError(f"train.reproducible=true needs device cpu or cuda, found {world.device.type}")
+            self.tree = TreeReduction(world, self.ddp)
         self.optimizer = optimizer
         self.schedule = Schedule(
             optimizer, config.optim, steps_per_epoch=self.plan.steps_per_epoch, epochs=config.train.epochs
@@ -165,7 +172,8 @@ class Trainer:
         self.last_step = self.schedule.total_steps
         if config.train.max_steps is not None:
             self.last_step = min(self.last_step, config.train.max_steps)
-        self.buffers = BufferMean(model, world, self.plan.num_micro_batches)
+        start_sum = self.tree.start_sum if self.tree else world.start_sum
+        self.buffers = BufferMean(model, self.plan.num_micro_batches, start_sum)
         numbers = ledger_numbers(len(train.split.images)).to(world.device)
         self.counter = Counter(world.device, numbers)
         self.all_images = int(numbers[train.split.sample_ids].sum())
@@ -182,7 +190,6 @@ class Trainer:
         self.save_due = False
         self.slow_since: dict[int, int] = {}
         self.reported: set[int] = set()
-        self.checked_at = 0
         self.last_norm = 0.0
         self.resumed_at = self.saved_at = time.perf_counter()
         self.waiting_s = 0.0  # for saves
@@ -292,6 +299,7 @@ class Trainer:
     def train_epoch(self) -> None:
         """Train to the epoch's end, or to the run's last step where that comes first."""
         progress, log_every, save_every = self.progress, self.config.train.log_every, self.config.checkpoint.every_steps
+        fingerprint_every = self.config.train.fingerprint_every
         steps = min(self.plan.steps_per_epoch, progress.step_in_epoch + self.last_step - progress.step)
         progress.evaluating = False
         self.model.train()
@@ -310,6 +318,8 @@ class Trainer:
                 bar.update()
                 if progress.step % log_every == 0:
                     self.log_window()
+                if fingerprint_every is not None and progress.step % fingerprint_every == 0:
+                    self.log_fingerprint()
                 progress.evaluating = progress.step_in_epoch == steps
                 self.save_due |= save_every is not None and progress.step % save_every == 0
                 self.poll()
@@ -330,7 +340,8 @@ class Trainer:
         if ended:
             self._check_ledger(totals)
 
-        scalars: dict[str, float | str] = {"train/epoch": number, "train/epoch_loss": totals.mean_loss}
+        scalars: dict[str, float | str] = {"fingerprint": self.take_fingerprint()}
+        scalars |= {"train/epoch": number, "train/epoch_loss": totals.mean_loss}
         scalars |= {"ledger/images": totals.images, "ledger/sum": f"{totals.ledger:016x}"}
         if self.epoch.images:  # else only the evaluation was left to do
             scalars["train/epoch_images_per_s"] = self.epoch.images / self.epoch_seconds
@@ -423,11 +434,13 @@ class Trainer:
             self.counter.add(losses.detach(), logits.detach(), micro_batch.labels, micro_batch.sample_ids)
         with self.timer.phase("backward"):  # in which ranks wait for each other
             set_buffers = self.buffers.start_reducing() if is_last else None
-            # DDP divides the sum over ranks by their number, which here is in step_images already
-            loss = losses.sum() * (self.world.world_size / step_images)
+            # DDP divides the sum over ranks by their number, which here is in step_images already; the tree does not
+            loss = losses.sum() * ((1 if self.tree else self.world.world_size) / step_images)
             self.scaler.scale(loss).backward()
             if set_buffers:
                 set_buffers()
+            if self.tree:
+                self.tree.end_micro_batch(is_last=is_last)
 
     def autocast(self) -> torch.autocast:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
@@ -459,6 +472,18 @@ class Trainer:
         }
         self.tracker.log(scalars | self._survival(), progress.step)
         self.window = Span()
+
+    def take_fingerprint(self) -> str:
+        """The fingerprint of the weights, in hexadecimal; at the next exchange ranks compare theirs."""
+        value = fingerprint(self.model)
+        self.report = self.report._replace(fingerprint=value)
+        return f"{value:016x}"
+
+    def log_fingerprint(self) -> None:
+        """A row with the fingerprint alone, and a line of the terminal."""
+        text = self.take_fingerprint()
+        self.tracker.log({"fingerprint": text}, self.progress.step)
+        log.info(f"step {self.progress.step}: fingerprint {text}")
 
     # -- an evaluation
 
@@ -492,16 +517,11 @@ class Trainer:
 
     def _say(self) -> Report:
         """This rank's report."""
-        config, saves = self.config, self.config.checkpoint
-        minutes = saves.every_minutes
+        minutes = self.config.checkpoint.every_minutes
         due = minutes is not None and time.perf_counter() - self.saved_at >= 60 * minutes
         if due:
             self.saved_at = time.perf_counter()  # once: the save itself comes at the next exchange
         save = self.requests.take_save() or (due and self.world.is_main)
-        every = config.train.check_replicas_every
-        if every is not None and self.world.world_size > 1 and self.progress.step - self.checked_at >= every:
-            self.checked_at = self.progress.step
-            self.report = self.report._replace(fingerprint=fingerprint(self.model))
         reason = REASONS.index(self.requests.reason)
         return self.report._replace(reason=reason, save=int(save))
 
@@ -669,4 +689,4 @@ def _epoch_line(scalars: Scalars, note: str) -> str:
         seconds += f" + {values['time/evaluation_s']:.1f} s evaluation"
     if "train/epoch_images_per_s" in values:
         parts.append(f"{values['train/epoch_images_per_s']:.0f} images/s")
-    return " | ".join([*parts, seconds])
+    return " | ".join([*parts, seconds, f"fingerprint {scalars['fingerprint']}"])

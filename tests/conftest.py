@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import RankPool
+from runs import Run, processes, send
 
 import ddp_cifar.command
 import ddp_cifar.train
@@ -111,3 +113,12 @@ def shell(tmp_path: Path) -> Callable[..., Outcome]:
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    run = Run(tmp_path / "run")
+    yield run
+    left = [pid for pids in processes(run.path).values() for pid in pids]
+    send(left, signal.SIGCONT)
+    send(left, signal.SIGKILL)

@@ -6,116 +6,21 @@ The whole state's sha256, every row of metrics.jsonl but for its keys of time, a
 """
 
 import argparse
-import contextlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ddp_cifar.checkpoint import digest, load_checkpoint
+from runs import Result, processes, send, start, wait_until
 
-CHECKOUT = Path(__file__).parent.parent
-ARGUMENTS = (
-    "data.name=shapes",
-    "data.shapes.train_images=440",
-    "data.shapes.test_images=60",
-    "data.val_images=40",
-    "train.global_batch_size=32",
-    "train.micro_batch_size=8",
-    "train.epochs=10",
-    "train.log_every=4",
-    "train.ema_decay=0.9",
-    "train.agree_every=2",
-    "eval.batch_size=10",
-    "optim.step_clamp.after_epoch=1",
-    "optim.step_clamp.limit=20",
-    "optim.step_clamp.reset_to=15",
-    "checkpoint.every_steps=5",
-    "checkpoint.keep=2",
-    "device=cpu",
-)
-TIME_KEYS = re.compile(r".*_s$|.*_per_s$|^run/")
 END_S = 90  # within which every process of a run is gone after a kill
-
-
-@dataclass(frozen=True)
-class Result:
-    """What must not depend on the interruptions."""
-
-    state: str
-    rows: list[dict[str, Any]]
-
-    @staticmethod
-    def of(run_dir: Path) -> "Result":
-        state = load_checkpoint(run_dir / "checkpoints" / "latest.pt")
-        parts = {name: state[name] for name in ("model", "optimizer", "progress", "ema")}
-        return Result(digest(parts), rows_of(run_dir))
-
-
-def rows_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what depends on time."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not TIME_KEYS.match(key)} for row in rows]
-
-
-def start(run_dir: Path, ranks: int, *arguments: str, **environment: str) -> "subprocess.Popen[bytes]":
-    """launch/local.sh with `ranks` processes."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    # a rank that is stopped, or blocked, is not waited for
-    settings = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10", "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": str(ranks)}
-    with open(run_dir / "terminal.txt", "ab") as terminal:
-        return subprocess.Popen(
-            [str(CHECKOUT / "launch" / "local.sh"), *ARGUMENTS, *arguments, f"run_dir={run_dir}"],
-            cwd=CHECKOUT,
-            env={**os.environ, "PATH": path, **settings, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=terminal,
-            stderr=terminal,
-        )
-
-
-def processes(run_dir: Path) -> dict[str, list[int]]:
-    """The pids of a run's processes: `agents` (torchrun) and `ranks`, whose parents they are."""
-    commands: dict[int, str] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_text()
-        except OSError:
-            continue
-        if command.rstrip("\0").endswith(f"run_dir={run_dir}"):
-            commands[int(folder.name)] = command
-    programs = {pid: [Path(part).name for part in command.split("\0")[:2]] for pid, command in commands.items()}
-    agents = [pid for pid, program in programs.items() if "torchrun" in program]
-    shells = [pid for pid, program in programs.items() if {"local.sh", "node.sh"} & set(program)]
-    return {"agents": agents, "shells": shells, "ranks": [pid for pid in commands if pid not in [*agents, *shells]]}
-
-
-def send(pids: list[int], signum: int) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signum)
-
-
-def wait_until(condition: Callable[[], Any], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.002)
-    return True
 
 
 def kill_once(run_dir: Path, launcher: "subprocess.Popen[bytes]", chance: random.Random) -> str:

@@ -41,6 +41,15 @@ def test_the_survival_benchmark_compares_on_with_off(shell: Shell, tmp_path: Pat
     assert (comparison["contender"], comparison["reference"], comparison["target"]) == ("on", "off", 0.98)
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_reproducible_compares_on_with_off(shell: Shell, tmp_path: Path) -> None:
+    options = ("--rounds", "2", "--steps", "1", "--batch", "8", "--micro", "4", "--json", str(tmp_path / "on.json"))
+    done = shell("torchrun", "--standalone", "--nproc_per_node=2", "benchmarks/reproducible.py", *options, timeout=300)
+    assert done.status == 0, done.err
+    (comparison,) = json.loads((tmp_path / "on.json").read_text())["comparisons"]
+    assert (comparison["contender"], comparison["reference"], comparison["target"]) == ("on", "off", 0.9)
+
+
 def test_the_articles_plot_and_table_come_from_metrics(shell: Shell, tmp_path: Path) -> None:
     rows = [
         {"step": 391 * n, "train/epoch": n, "train/epoch_loss": 1.5 / n, "train/accuracy": 0.5, "test/accuracy": 0.5}

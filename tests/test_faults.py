@@ -1,6 +1,5 @@
 """What a run survives, with real processes: killed, stopped, asked to leave, short of disk. The table is in docs/resuming.md."""
 
-import json
 import os
 import random
 import shutil
@@ -8,81 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from soak import CHECKOUT, Result, processes, rows_of, run_until_finished, send, start, wait_until
+from runs import ARGUMENTS, CHECKOUT, LONG, Result, Run, processes, rows_of, send, start, wait_until
+from soak import run_until_finished
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_launch import rows as all_rows
 from test_mistakes import TINY
 
 from ddp_cifar.checkpoint import load_checkpoint
-
-SHORT = ("train.epochs=3",)
-LONG = ("train.epochs=400",)
-
-
-class Run:
-    """One run_dir, and the processes that a test starts in it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.launcher: subprocess.Popen[bytes] | None = None
-
-    def start(self, *arguments: str, ranks: int = 2, **environment: str) -> None:
-        """launch/local.sh, under way: it has saved a checkpoint when this returns."""
-        newest = lambda: max(self.path.glob("checkpoints/step_*.pt"), default=None)  # noqa: E731
-        before = newest()
-        self.launcher = start(self.path, ranks, *SHORT, *arguments, **environment)
-        assert wait_until(lambda: newest() != before or self.launcher.poll() is not None, 90), self.terminal
-        assert self.launcher.poll() is None, self.terminal
-
-    def ranks(self) -> list[int]:
-        """Pids, in the order of ranks."""
-        signs = [json.loads((self.path / "heartbeats" / f"rank_{rank}").read_text()) for rank in range(self.size)]
-        return [sign["pid"] for sign in signs]
-
-    @property
-    def size(self) -> int:
-        return len(processes(self.path)["ranks"])
-
-    def end(self, timeout: float = 90) -> int:
-        """Wait for the launcher and all processes; returns the launcher's exit status."""
-        assert self.launcher is not None
-        status = self.launcher.wait(timeout)
-        assert wait_until(lambda: not any(processes(self.path).values()), 30), processes(self.path)
-        return status
-
-    def finish(self, *arguments: str, ranks: int = 2) -> "Result":
-        """Start it again and let it end; what it came to."""
-        self.launcher = start(self.path, ranks, *SHORT, *arguments)
-        assert self.end(300) == 0, self.terminal
-        assert self.status == "finished"
-        return Result.of(self.path)
-
-    @property
-    def status(self) -> str:
-        return (self.path / "status").read_text().strip()
-
-    @property
-    def terminal(self) -> str:
-        return (self.path / "terminal.txt").read_text()
-
-    @property
-    def step(self) -> int:
-        """Of the newest checkpoint."""
-        return int(load_checkpoint(max(self.path.glob("checkpoints/step_*.pt")))["progress"]["step"])
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    run = Run(tmp_path / "run")
-    yield run
-    left = [pid for pids in processes(run.path).values() for pid in pids]
-    send(left, signal.SIGCONT)
-    send(left, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
@@ -215,8 +151,6 @@ def test_a_killed_rank_is_started_again_by_torchrun(run: Run, unbroken: Result) 
 
 @pytest.mark.slow
 def test_bare_torchrun_starts_a_killed_rank_again_too(run: Run) -> None:
-    from soak import ARGUMENTS
-
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["torchrun", "--nproc_per_node=2", "--max-restarts=2", "-m", "ddp_cifar.train", *ARGUMENTS]
     run.path.mkdir()
@@ -249,8 +183,6 @@ def test_a_killed_agent_of_two_is_started_again_and_the_run_goes_on(run: Run, tm
     agents: list[subprocess.Popen[bytes]] = []
 
     def start_node() -> None:
-        from soak import ARGUMENTS
-
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {**os.environ, **nodes, "PATH": path, "MAX_RESTARTS": "3", "NPROC_PER_NODE": "1"}
         environment["OMP_NUM_THREADS"] = "1"

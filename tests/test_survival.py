@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import Tiny, config_of, make_trainer, random_dataset
 from ranks import RankPool
-from soak import TIME_KEYS, wait_until
+from runs import TIME_KEYS, wait_until
 from torch import Tensor, nn
 
 from ddp_cifar import heartbeat as heartbeat_module
@@ -297,7 +297,7 @@ def test_a_nan_can_be_skipped(ranks: RankPool, tmp_path: Path) -> None:
 
 
 def diverge(world: World) -> str:
-    trainer = make_trainer(world, config_of(*SMALL, "train.check_replicas_every=4"), small_data())
+    trainer = make_trainer(world, config_of(*SMALL, "train.fingerprint_every=4"), small_data())
     original = trainer.update
 
     def update(norm: Tensor) -> None:

@@ -79,17 +79,16 @@ class EvalLoader:
     def evaluation_batches(
         self, world: World, batch_size: int, augmentations: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor] | None]:
-        """Images and labels, `gather`ed, of the images rank, rank + world_size, rank + 2 world_size ...
+        """This rank's batches of the split, images and labels `gather`ed: number rank, rank + world_size ...
 
-        Each image is on exactly one rank, where `DistributedSampler` would pad and so count some twice. Every rank gets as
-        many batches, which a rank that has no image left for the last one gets as None.
+        A batch holds the same images on any number of ranks, since an image's logits depend, in their last bits, on its
+        batch. Each image is on exactly one rank, where `DistributedSampler` would pad and so count some twice. Every rank
+        gets as many batches, which a rank that has none left for the last turn gets as None.
         """
-        share = torch.arange(len(self))[world.rank :: world.world_size]
-        largest_share = -(-len(self) // world.world_size)
-        for start in range(0, largest_share, batch_size):
-            indices = share[start : start + batch_size]
-            if len(indices):
-                images, labels, _ = self.gather(indices, augmentations)
+        batches = torch.arange(len(self)).split(batch_size)
+        for turn in range(0, len(batches), world.world_size):
+            if turn + world.rank < len(batches):
+                images, labels, _ = self.gather(batches[turn + world.rank], augmentations)
                 yield images, labels
             else:
                 yield None

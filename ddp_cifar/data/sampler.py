@@ -49,6 +49,8 @@ class BatchPlan:
 def check_batch_size(train: TrainConfig, world_size: int) -> int:
     """The number of micro-batches a step. Raises `UserError` where the global batch does not split evenly."""
     size, micro = train.global_batch_size, train.micro_batch_size
+    if train.reproducible:
+        return _check_reproducible(size, micro, world_size)
     if micro is None:
         if size % world_size:
             raise UserError(
@@ -68,6 +70,30 @@ def check_batch_size(train: TrainConfig, world_size: int) -> int:
     return size // micro
 
 
+def _check_reproducible(size: int, micro: int | None, world_size: int) -> int:
+    """The number of micro-batches a step, where it and the number of ranks are to be powers of two."""
+    if micro is None:
+        raise UserError(
+            "train.reproducible=true with train.micro_batch_size=null, by which results depend on the number of ranks: "
+            "set train.micro_batch_size"
+        )
+    count = size // micro
+    if size % micro or not _is_power_of_two(count):
+        whole = [n for n in (2**i for i in range(size.bit_length())) if size % n == 0]
+        raise UserError(
+            f"train.reproducible=true needs a power of two of micro-batches a step, found train.global_batch_size={size} / "
+            f"train.micro_batch_size={micro} = {size / micro:g}: use train.micro_batch_size="
+            f"{', '.join(str(size // n) for n in whole)}, or another train.global_batch_size"
+        )
+    if world_size > count or not _is_power_of_two(world_size):
+        fit = [2**i for i in range(count.bit_length())]
+        raise UserError(
+            f"train.reproducible=true with {count} micro-batches a step serves {', '.join(map(str, fit))} ranks, found "
+            f"{world_size}: use one of these, or another train.micro_batch_size"
+        )
+    return count
+
+
 def plan_batches(train: TrainConfig, world_size: int, num_images: int) -> BatchPlan:
     """The plan for `num_images` training images. Raises `UserError` where a step would be too small to split."""
     plan = BatchPlan(num_images, train.global_batch_size, check_batch_size(train, world_size), world_size)
@@ -77,6 +103,10 @@ def plan_batches(train: TrainConfig, world_size: int, num_images: int) -> BatchP
             f"training images with train.global_batch_size={plan.global_batch_size}; use another batch size or data.val_images"
         )
     return plan
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
 
 
 def _multiples(size: int, of: int) -> str:

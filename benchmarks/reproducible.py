@@ -1,0 +1,63 @@
+"""images/s with `train.reproducible`, the same bits on any number of ranks, and without it.
+
+torchrun --nproc_per_node=2 benchmarks/reproducible.py
+torchrun --nproc_per_node=2 benchmarks/reproducible.py --micro 32       # a rank accumulates four micro-batches
+"""
+
+from pathlib import Path
+
+import torch
+from common import Comparison, arguments, random_cifar10, report, split_of, take_turns
+from speed import ours, timed
+
+from ddp_cifar.checkpoint import NullCheckpoints
+from ddp_cifar.config import load_config
+from ddp_cifar.data.dataset import DataSet
+from ddp_cifar.distributed import World, open_world
+from ddp_cifar.train import TABLES, build_trainer, set_up_kernels
+from ddp_cifar.trainer import Trainer
+
+TARGET = 0.9
+
+
+def main() -> None:
+    parser = arguments("images/s with train.reproducible and without", rounds=11)
+    parser.add_argument("--steps", type=int, default=3, help="steps a slice (3)")
+    parser.add_argument("--micro", type=int, help="images of a micro-batch (as --batch: a rank accumulates none)")
+    options = parser.parse_args()
+
+    with open_world("cpu") as world:
+        images = options.steps * options.batch * world.world_size
+        data = DataSet(split_of(random_cifar10((options.rounds + 1) * images)), None, tuple("abcdefghij"))
+        sizes = [
+            f"train.global_batch_size={options.batch * world.world_size}",
+            f"train.micro_batch_size={options.micro or options.batch}",
+            f"train.log_every={min(options.steps, 20)}",
+            f"train.threads={torch.get_num_threads()}",
+        ]
+        trainers = {
+            name: make_trainer(world, data, f"train.reproducible={name == 'on'}", *sizes) for name in ("on", "off")
+        }
+
+        def slice_of(trainer: Trainer) -> None:
+            set_up_kernels(trainer.config.train, world)  # which are the process's, not the trainer's
+            ours(trainer, options.steps)()
+
+        contenders = {
+            name: timed(lambda trainer=trainer: slice_of(trainer), images) for name, trainer in trainers.items()
+        }
+        rates = take_turns(contenders, options.rounds)
+        if world.is_main:
+            title = (
+                f"{world.world_size} ranks x {options.batch} images in micro-batches of {options.micro or options.batch}, "
+                f"{torch.get_num_threads()} threads a rank, {trainers['on'].precision}, {options.steps} steps a slice"
+            )
+            report(title, rates, [Comparison("on", "off", TARGET)], options.json)
+
+
+def make_trainer(world: World, data: DataSet, *arguments: str) -> Trainer:
+    return build_trainer(load_config(arguments, TABLES), world, data, NullCheckpoints(Path("nowhere"), keep=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Real runs of a small recipe by launch/local.sh: started, looked at, compared."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddp_cifar.checkpoint import digest, load_checkpoint
+
+CHECKOUT = Path(__file__).parent.parent
+ARGUMENTS = (
+    "data.name=shapes",
+    "data.shapes.train_images=440",
+    "data.shapes.test_images=60",
+    "data.val_images=40",
+    "train.global_batch_size=32",
+    "train.micro_batch_size=8",
+    "train.epochs=10",
+    "train.log_every=4",
+    "train.ema_decay=0.9",
+    "train.agree_every=2",
+    "eval.batch_size=10",
+    "optim.step_clamp.after_epoch=1",
+    "optim.step_clamp.limit=20",
+    "optim.step_clamp.reset_to=15",
+    "checkpoint.every_steps=5",
+    "checkpoint.keep=2",
+    "device=cpu",
+)
+TIME_KEYS = re.compile(r".*_s$|.*_per_s$|^run/")
+SHORT = ("train.epochs=3",)
+LONG = ("train.epochs=400",)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What must not depend on the interruptions."""
+
+    state: str
+    rows: list[dict[str, Any]]
+
+    @staticmethod
+    def of(run_dir: Path) -> "Result":
+        state = load_checkpoint(run_dir / "checkpoints" / "latest.pt")
+        parts = {name: state[name] for name in ("model", "optimizer", "progress", "ema")}
+        return Result(digest(parts), rows_of(run_dir))
+
+
+def rows_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what depends on time."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not TIME_KEYS.match(key)} for row in rows]
+
+
+def start(run_dir: Path, ranks: int, *arguments: str, **environment: str) -> "subprocess.Popen[bytes]":
+    """launch/local.sh with `ranks` processes."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    # a rank that is stopped, or blocked, is not waited for
+    settings = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10", "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": str(ranks)}
+    with open(run_dir / "terminal.txt", "ab") as terminal:
+        return subprocess.Popen(
+            [str(CHECKOUT / "launch" / "local.sh"), *ARGUMENTS, *arguments, f"run_dir={run_dir}"],
+            cwd=CHECKOUT,
+            env={**os.environ, "PATH": path, **settings, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=terminal,
+            stderr=terminal,
+        )
+
+
+def processes(run_dir: Path) -> dict[str, list[int]]:
+    """The pids of a run's processes: `agents` (torchrun) and `ranks`, whose parents they are."""
+    commands: dict[int, str] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_text()
+        except OSError:
+            continue
+        if command.rstrip("\0").endswith(f"run_dir={run_dir}"):
+            commands[int(folder.name)] = command
+    programs = {pid: [Path(part).name for part in command.split("\0")[:2]] for pid, command in commands.items()}
+    agents = [pid for pid, program in programs.items() if "torchrun" in program]
+    shells = [pid for pid, program in programs.items() if {"local.sh", "node.sh"} & set(program)]
+    return {"agents": agents, "shells": shells, "ranks": [pid for pid in commands if pid not in [*agents, *shells]]}
+
+
+def send(pids: list[int], signum: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+class Run:
+    """One run_dir, and the processes that a test starts in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.launcher: subprocess.Popen[bytes] | None = None
+
+    def launch(self, *arguments: str, ranks: int = 2, **environment: str) -> None:
+        """launch/local.sh, for the short run."""
+        self.launcher = start(self.path, ranks, *SHORT, *arguments, **environment)
+
+    def start(self, *arguments: str, ranks: int = 2, **environment: str) -> None:
+        """The same, under way: it has saved a checkpoint when this returns."""
+        newest = lambda: max(self.path.glob("checkpoints/step_*.pt"), default=None)  # noqa: E731
+        before = newest()
+        self.launch(*arguments, ranks=ranks, **environment)
+        assert wait_until(lambda: newest() != before or self.launcher.poll() is not None, 90), self.terminal
+        assert self.launcher.poll() is None, self.terminal
+
+    def ranks(self) -> list[int]:
+        """Pids, in the order of ranks."""
+        signs = [json.loads((self.path / "heartbeats" / f"rank_{rank}").read_text()) for rank in range(self.size)]
+        return [sign["pid"] for sign in signs]
+
+    @property
+    def size(self) -> int:
+        return len(processes(self.path)["ranks"])
+
+    def end(self, timeout: float = 90) -> int:
+        """Wait for the launcher and all processes; returns the launcher's exit status."""
+        assert self.launcher is not None
+        status = self.launcher.wait(timeout)
+        assert wait_until(lambda: not any(processes(self.path).values()), 30), processes(self.path)
+        return status
+
+    def finish(self, *arguments: str, ranks: int = 2) -> "Result":
+        """Start it again and let it end; what it came to."""
+        self.launch(*arguments, ranks=ranks)
+        assert self.end(300) == 0, self.terminal
+        assert self.status == "finished"
+        return Result.of(self.path)
+
+    @property
+    def status(self) -> str:
+        return (self.path / "status").read_text().strip()
+
+    @property
+    def terminal(self) -> str:
+        return (self.path / "terminal.txt").read_text()
+
+    @property
+    def step(self) -> int:
+        """Of the newest checkpoint."""
+        return int(load_checkpoint(max(self.path.glob("checkpoints/step_*.pt")))["progress"]["step"])
