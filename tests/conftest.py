@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from launched import Run, processes, send
 from ranks import RankPool
-from runs import Run, processes, send
 
 import ddp_cifar.command
 import ddp_cifar.train

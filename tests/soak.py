@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from runs import Result, processes, send, start, wait_until
+from launched import Result, processes, send, start, wait_until
 
 END_S = 90  # within which every process of a run is gone after a kill
 

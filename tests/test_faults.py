@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import ARGUMENTS, CHECKOUT, LONG, Result, Run, processes, rows_of, send, start, wait_until
+from launched import ARGUMENTS, CHECKOUT, LONG, Result, Run, processes, rows_of, send, start, wait_until
 from soak import run_until_finished
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_launch import rows as all_rows

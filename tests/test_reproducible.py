@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import config_of, make_trainer
+from launched import TIME_KEYS, Result, Run, send
 from ranks import RankPool
-from runs import TIME_KEYS, Result, Run, send
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import Tiny, config_of, make_trainer, random_dataset
+from launched import TIME_KEYS, wait_until
 from ranks import RankPool
-from runs import TIME_KEYS, wait_until
 from torch import Tensor, nn
 
 from ddp_cifar import heartbeat as heartbeat_module
