@@ -326,7 +326,10 @@ def find_checkpoint(resume: str, own: Checkpoints) -> Loaded | None:
         return None
     latest = own.load_latest()
     if latest:
-        own.link(latest.path, latest.state["progress"].get("best_step"))
+        try:
+            own.link(latest.path, latest.state["progress"].get("best_step"))
+        except OSError as error:
+            log.warning(f"links in {own.folder} could not be set ({error.strerror}); nothing of ours needs them")
     path = Path(resume)
     if resume == "auto" or (latest and path.parent.resolve() != own.folder.resolve()):
         if resume != "auto":

@@ -54,16 +54,17 @@ class JsonLinesTracker:
     def __init__(self, path: Path) -> None:
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         self.unwritten = b""
+        self.lock = threading.Lock()
 
     def log(self, scalars: Scalars, step: int) -> None:
         row = {tag: None if _is_no_json(value) else value for tag, value in scalars.items()}
-        self.unwritten += (json.dumps({"step": step} | row) + "\n").encode()
-        self._write()
+        self._write((json.dumps({"step": step} | row) + "\n").encode())
 
     def log_text(self, tag: str, text: str, step: int) -> None:
         pass
 
     def sync(self) -> None:
+        self._write()
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -72,9 +73,11 @@ class JsonLinesTracker:
         finally:
             self.file.close()
 
-    def _write(self) -> None:
-        while self.unwritten:
-            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+    def _write(self, more: bytes = b"") -> None:
+        with self.lock:
+            self.unwritten += more
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
 
 class TensorBoardTracker:
@@ -162,10 +165,12 @@ def build_tracker(metrics: Path, tensorboard: Path, step: int, epoch: int = 0) -
     return _All(JsonLinesTracker(metrics), events)
 
 
-def last_row(metrics: Path) -> dict[str, Any]:
-    """The last row of a file that `build_tracker` has just cut; empty if there is none."""
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    return dict(json.loads(lines[-1])) if lines else {}
+def last_value(metrics: Path, tag: str) -> float:
+    """Of the last row that has `tag`, in a file that `build_tracker` has just cut; 0 if there is none."""
+    for line in reversed(metrics.read_text(encoding="utf-8").splitlines()):
+        if tag in (row := json.loads(line)):
+            return float(row[tag])
+    return 0.0
 
 
 def _cut(path: Path, step: int, epoch: int) -> list[dict[str, Any]]:

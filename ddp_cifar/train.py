@@ -32,7 +32,7 @@ from ddp_cifar.optim import OPTIMIZERS, build_optimizer
 from ddp_cifar.run_dir import RunDir, Start
 from ddp_cifar.seeding import derive_seed
 from ddp_cifar.stopping import Requests
-from ddp_cifar.tracking import NullTracker, Tracker, build_tracker, last_row
+from ddp_cifar.tracking import NullTracker, Tracker, build_tracker, last_value
 from ddp_cifar.trainer import Progress, Trainer
 
 TABLES: Tables = {"data.name": DATASETS, "model.name": MODELS, "optim.name": OPTIMIZERS}
@@ -123,7 +123,7 @@ def start_records(
         run_dir.write_config(to_yaml(config))
         tracker = build_tracker(run_dir.metrics, run_dir.tensorboard, progress.step, progress.epoch)
         last_seen = (sign.time, sign.step) if sign else None
-        productive_s = float(last_row(run_dir.metrics).get("run/productive_s", 0.0))
+        productive_s = last_value(run_dir.metrics, "run/productive_s")
         start = run_dir.note_start(began, progress.step, world.world_size, last_seen, productive_s)
     except OSError as error:
         raise UserError(f"cannot write to run_dir={run_dir.path} ({error.strerror}): choose another run_dir") from error

@@ -27,6 +27,7 @@ from ddp_cifar.buffers import BufferMean
 from ddp_cifar.checkpoint import Checkpoints, State, load_weights
 from ddp_cifar.config import Config, TrainConfig, to_dict
 from ddp_cifar.data.loader import EvalLoader, MicroBatch, StepBatch, TrainLoader
+from ddp_cifar.data.sampler import is_power_of_two
 from ddp_cifar.distributed import World
 from ddp_cifar.errors import RunError, UserError
 from ddp_cifar.fingerprint import fingerprint
@@ -83,7 +84,10 @@ class Progress:
         return dataclasses.asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, value in state.items():
+        for name, value in {
+            "updates": state.get("step", 0),
+            **state,
+        }.items():  # an older checkpoint does not count them
             try:
                 setattr(self, name, Totals(**value) if name in ("train", "window") else value)
             except TypeError as error:
@@ -166,7 +170,10 @@ class Trainer:
 
         conditions = {"precision": precision, "micro-batches a step": str(self.plan.num_micro_batches)}
         conditions["torch"] = str(torch.__version__)
+        on_cuda = world.device.type == "cuda"
+        conditions["device"] = torch.cuda.get_device_name(world.device) if on_cuda else world.device.type
         if world.device.type == "cpu":
+            conditions["device"] = f"cpu with {torch.backends.cpu.get_cpu_capability()}"
             conditions["threads a rank"] = str(torch.get_num_threads())
         self.progress = Progress(data=data, conditions=conditions)
         self.last_step = self.schedule.total_steps
@@ -371,6 +378,8 @@ class Trainer:
             progress.epoch += 1
             progress.step_in_epoch = 0
             progress.train = progress.window = Totals()
+        if is_last:  # no exchange may come any more that compares the last fingerprints
+            self._compare_replicas([Report(*numbers) for numbers in self.world.gather(self.report)])
         if is_last or is_best or self.save_due or number % config.checkpoint.every_epochs == 0:
             self.save()
 
@@ -612,7 +621,9 @@ class Trainer:
         smaller = [
             size
             for size in range(plan.micro_batch_size - 1, 0, -1)
-            if plan.global_batch_size % size == 0 and plan.global_batch_size // size % plan.world_size == 0
+            if plan.global_batch_size % size == 0
+            and plan.global_batch_size // size % plan.world_size == 0
+            and (self.tree is None or is_power_of_two(plan.global_batch_size // size))
         ]
         fits = next((size for size in smaller if self._fits(size)), None)
         advice = f"{fits} would fit" if fits else "no smaller one fits either, use a GPU with more memory"
@@ -668,6 +679,8 @@ class Trainer:
         with self.autocast():
             logits = self.ddp(images)
         logits.float().sum().backward()
+        if self.tree:
+            self.tree.end_micro_batch(is_last=True)
         self.optimizer.zero_grad(set_to_none=True)
         _restore(self.model.buffers(), kept)
 

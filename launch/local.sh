@@ -51,6 +51,7 @@ for ((node = 0; node < nnodes; node++)); do
   nodes+=($!)
 done
 set +m
+[ -z "${interrupted:-}" ] || signal_all TERM # which came before all were there
 status=0 running=$nnodes
 while [ "$running" -gt 0 ]; do
   wait -n && ended=0 || ended=$?

@@ -58,7 +58,8 @@ fi
 pass_on() {
   local ranks=() before=${interrupted:-}
   interrupted=$1
-  [ -n "${agent:-}" ] || exit 1
+  agent=${agent:-${!:-}} # it may have come just after the start
+  if [ -z "$agent" ]; then exit 1; fi
   read -ra ranks -d '' < <(cat "/proc/$agent/task/"*/children 2>/dev/null) || true
   [ ${#ranks[@]} -gt 0 ] || read -ra ranks -d '' < <(pgrep -P "$agent" 2>/dev/null) || true
   [ ${#ranks[@]} = 0 ] || kill -s "$1" "${ranks[@]}" 2>/dev/null || true
@@ -82,7 +83,7 @@ end_when_replaced() {
 trap 'pass_on INT' INT
 trap 'pass_on TERM' TERM HUP
 trap 'pass_on USR1' USR1
-trap 'interrupted=1; kill -TERM "${agent:-$$}" 2>/dev/null || true' QUIT
+trap 'interrupted=1; kill -TERM "${agent:-${!:-$$}}" 2>/dev/null || true' QUIT
 
 # In a process group of its own (-m), so that Ctrl-C comes once, from here. SIGUSR1 would end torchrun, and leave its ranks.
 set -m

@@ -81,6 +81,15 @@ def test_the_newest_and_the_best_are_kept_and_linked(tmp_path: Path) -> None:
     assert os.readlink(tmp_path / "best.pt") == "step_00000002.pt"
 
 
+def test_what_must_be_there_first_is_called_before_the_checkpoint_is_there(tmp_path: Path) -> None:
+    seen: list[bool] = []
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(state_of(), 1, first=lambda: seen.append((tmp_path / "step_00000001.pt").exists()))
+    checkpoints.finish()
+    assert seen == [False]
+    assert (tmp_path / "step_00000001.pt").exists()
+
+
 def test_links_that_a_kill_prevented_are_set_by_the_next_start(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     for step in (1, 2):

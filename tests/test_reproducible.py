@@ -19,7 +19,7 @@ from ddp_cifar.checkpoint import digest
 from ddp_cifar.config import TrainConfig
 from ddp_cifar.data import build_dataset
 from ddp_cifar.data.sampler import check_batch_size
-from ddp_cifar.distributed import World
+from ddp_cifar.distributed import World, open_world
 from ddp_cifar.errors import UserError
 from ddp_cifar.tracking import NullTracker, Scalars
 from ddp_cifar.train import set_up_kernels
@@ -148,6 +148,18 @@ def test_on_a_gpu_a_run_repeats_its_bits_and_two_ranks_have_them_too(ranks: Rank
     first, again, two = (ranks.run(train_cnn_on_the_gpu, n, *arguments) for n in (1, 1, 2))
     assert first == again
     assert two == first * 2
+
+
+@pytest.mark.gpu
+def test_on_nccl_the_sum_is_taken_on_a_stream() -> None:
+    with open_world("cuda") as world:
+        reduction = TreeReduction(world, DistributedDataParallel(nn.Linear(3, 3).to(world.device)))
+        group = world.new_group()
+        reduction.groups = (group, group)
+        values = torch.randn(1001, device=world.device)
+        expected = values.clone()
+        reduction.start_sum(values)()
+        assert torch.equal(values, expected)
 
 
 def test_without_it_1_and_4_ranks_part(ranks: RankPool) -> None:

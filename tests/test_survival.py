@@ -54,6 +54,8 @@ class Rows:
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
+        self.synced: list[int] = []
+        """The step of the last row at each call of `sync`."""
 
     def log(self, scalars: Any, step: int) -> None:
         self.rows.append({"step": step} | {key: value for key, value in scalars.items() if not TIME_KEYS.match(key)})
@@ -62,7 +64,7 @@ class Rows:
         pass
 
     def sync(self) -> None:
-        pass
+        self.synced.append(self.rows[-1]["step"])
 
     def close(self) -> None:
         pass
@@ -296,13 +298,13 @@ def test_a_nan_can_be_skipped(ranks: RankPool, tmp_path: Path) -> None:
         assert counts == {14.0}
 
 
-def diverge(world: World) -> str:
+def diverge(world: World, after_step: int) -> str:
     trainer = make_trainer(world, config_of(*SMALL, "train.fingerprint_every=4"), small_data())
     original = trainer.update
 
     def update(norm: Tensor) -> None:
         original(norm)
-        if world.rank == 2 and trainer.progress.step == 6:
+        if world.rank == 2 and trainer.progress.step == after_step:
             with torch.no_grad():
                 trainer.model[10].bias[0] += 1e-6
 
@@ -312,9 +314,11 @@ def diverge(world: World) -> str:
     return str(error.value)
 
 
-def test_a_replica_that_diverges_is_named(ranks: RankPool) -> None:
-    for message in ranks.run(diverge, 4):
-        assert "the weights of rank 2 are not those of the other ranks, by step 9" in message
+@pytest.mark.parametrize(("after_step", "found_by"), [(6, 9), (STEPS - 1, STEPS)])
+def test_a_replica_that_diverges_is_named(ranks: RankPool, after_step: int, found_by: int) -> None:
+    """By the next exchange after a fingerprint; where it was the run's last update, before the run ends."""
+    for message in ranks.run(diverge, 4, after_step):
+        assert f"the weights of rank 2 are not those of the other ranks, by step {found_by}" in message
 
 
 def test_the_fingerprint_sees_every_bit_and_place_but_not_the_memory_order() -> None:
@@ -428,8 +432,8 @@ def test_checkpoints_by_steps_minutes_and_the_file_save(alone: World, tmp_path: 
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=100)
     arguments = ("checkpoint.every_epochs=100", "checkpoint.every_steps=6")
     trainer = make_trainer(alone, config_of(*SMALL, *arguments), small_data(), checkpoints=checkpoints)
-    trainer.fit()
-    assert [int(path.stem[5:]) for path in reversed(checkpoints.paths())] == [6, 12, 15]
+    trainer.fit(rows := Rows())
+    assert [int(path.stem[5:]) for path in reversed(checkpoints.paths())] == rows.synced == [6, 12, 15]
 
     for path in checkpoints.paths():
         path.unlink()

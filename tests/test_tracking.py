@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddp_cifar.log import log
-from ddp_cifar.tracking import JsonLinesTracker, build_tracker
+from ddp_cifar.tracking import JsonLinesTracker, build_tracker, last_value
 
 
 def test_rows_and_events_hold_the_same(tmp_path: Path) -> None:
@@ -45,6 +45,16 @@ def test_going_on_drops_what_was_logged_past_the_checkpoint(tmp_path: Path) -> N
         (3, -3.0),
         (4, -4.0),
     ]
+
+
+def test_a_value_of_the_last_row_that_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tracker = build_tracker(path, tmp_path / "tensorboard", step=0)
+    assert last_value(path, "run/productive_s") == 0
+    tracker.log({"run/productive_s": 2.5}, 1)
+    tracker.log({"fingerprint": "00ff"}, 2)
+    tracker.close()
+    assert last_value(path, "run/productive_s") == 2.5
 
 
 def test_what_is_synced_outlives_a_kill(tmp_path: Path) -> None:

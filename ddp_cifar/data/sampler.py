@@ -78,14 +78,14 @@ def _check_reproducible(size: int, micro: int | None, world_size: int) -> int:
             "set train.micro_batch_size"
         )
     count = size // micro
-    if size % micro or not _is_power_of_two(count):
+    if size % micro or not is_power_of_two(count):
         whole = [n for n in (2**i for i in range(size.bit_length())) if size % n == 0]
         raise UserError(
             f"train.reproducible=true needs a power of two of micro-batches a step, found train.global_batch_size={size} / "
             f"train.micro_batch_size={micro} = {size / micro:g}: use train.micro_batch_size="
             f"{', '.join(str(size // n) for n in whole)}, or another train.global_batch_size"
         )
-    if world_size > count or not _is_power_of_two(world_size):
+    if world_size > count or not is_power_of_two(world_size):
         fit = [2**i for i in range(count.bit_length())]
         raise UserError(
             f"train.reproducible=true with {count} micro-batches a step serves {', '.join(map(str, fit))} ranks, found "
@@ -105,7 +105,8 @@ def plan_batches(train: TrainConfig, world_size: int, num_images: int) -> BatchP
     return plan
 
 
-def _is_power_of_two(number: int) -> bool:
+def is_power_of_two(number: int) -> bool:
+    """True for 1, 2, 4 ..."""
     return number > 0 and number & (number - 1) == 0
 
 
