@@ -14,7 +14,7 @@ import math
 import sys
 import textwrap
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddp_cifar.errors import UserError
+from ddp_cifar.named import find
 
 
 def _require(holds: bool, key: str, value: object, expected: str) -> None:
@@ -48,7 +49,10 @@ class ShapesConfig:
 @dataclass(frozen=True)
 class DataConfig:
     name: str = "cifar10"
-    """cifar10 (downloaded once), imagefolder (data.root/train/CLASS/*, data.root/test/CLASS/*) or shapes (drawn on the spot)."""
+    """cifar10 (downloaded once), imagefolder (data.root/train/CLASS/*, data.root/test/CLASS/*), shapes (drawn on the spot), or
+    package.module:function of your own, which returns a ddp_cifar.data.DataSet (docs/extending.md)."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of a function of your own: data.args.KEY=VALUE."""
     root: str = "data"
     """Folder of the images; cifar10 is downloaded into it. On several nodes: a folder that every node sees."""
     image_size: int = 32
@@ -72,7 +76,11 @@ class DataConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = "cnn"
-    """The network: cnn is the article's (six convolutions, three linear layers, 5,852,170 parameters for ten classes)."""
+    """The network: cnn is the article's (six convolutions, three linear layers, 5,852,170 parameters for ten classes);
+    resnet18 and resnet9, for small images; torchvision, with model.args.name one of its classifiers; or
+    package.module:function of your own, which returns a torch.nn.Module (docs/extending.md)."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """The network's own arguments: model.args.KEY=VALUE."""
     init: str = "random"
     """Weights to start from. PATH: those of a checkpoint, a run_dir's newest, or a saved state dict; where the number of
     classes differs, the last layer starts anew."""
@@ -100,7 +108,9 @@ class StepClampConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: str = "adam"
-    """adam (as in the article), adamw or sgd."""
+    """adam (as in the article), adamw, sgd, or package.module:Class, such as torch.optim:RMSprop."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """More arguments of the optimizer: optim.args.KEY=VALUE."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.0
@@ -245,6 +255,15 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    name: str | None = None
+    """package.module:Class of your own that takes the scalars too, besides metrics.jsonl and TensorBoard
+    (docs/extending.md). null: none."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Its arguments: tracking.args.KEY=VALUE."""
+
+
+@dataclass(frozen=True)
 class Config:
     run_dir: str = "runs/cifar10"
     """All that a run writes. Default: runs/RECIPE, after the config file's name. On several nodes: a shared folder."""
@@ -266,6 +285,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         _require(bool(self.run_dir.strip()), "run_dir", repr(self.run_dir), "a folder's name")
@@ -279,8 +299,8 @@ class Config:
             )
 
 
-Tables = Mapping[str, Mapping[str, object]]
-"""Keys whose values are names from a table, such as `{"model.name": MODELS}`."""
+Tables = Mapping[str, Mapping[str, Callable[..., object]]]
+"""Keys whose values are names from a table, such as `{"model.name": MODELS}`, or functions of the user's own."""
 
 
 def load_config(argv: Sequence[str], tables: Tables) -> Config:
@@ -319,9 +339,8 @@ def load_config(argv: Sequence[str], tables: Tables) -> Config:
         raise UserError(str(error).splitlines()[0]) from error
     assert isinstance(config, Config)
     for key, table in tables.items():
-        name = get(config, key)
-        if name not in table:
-            raise UserError(f"{key}={name} is not known: expected one of {', '.join(table)}")
+        if (name := get(config, key)) is not None:
+            find(key, name, table)
     if "--print-config" in argv:
         print(to_yaml(config), end="")
         sys.exit(0)
@@ -381,7 +400,7 @@ def help_text(tables: Tables) -> str:
         "",
     ]
     for key, annotation, default, doc in fields():
-        kind = f"one of {', '.join(tables[key])}" if key in tables else _type_name(annotation)
+        kind = f"one of {', '.join(tables[key])}" if tables.get(key) else _type_name(annotation)
         lines.append(f"  {key}={'null' if default is None else _as_typed(default)}  ({kind})")
         lines += textwrap.wrap(" ".join(doc.split()), 112, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
@@ -393,6 +412,8 @@ def _as_typed(value: object) -> str:
 
 def _type_name(annotation: Any) -> str:
     options = typing.get_args(annotation)
+    if typing.get_origin(annotation) is dict:
+        return "KEY=VALUE"
     if typing.get_origin(annotation) is Literal:
         return " | ".join(map(str, options))
     return f"{options[0].__name__} or null" if options else str(annotation.__name__)
@@ -474,8 +495,15 @@ def _flatten(values: Any, path: str, prefix: str = "") -> Iterator[tuple[str, An
             yield from _flatten(value, path, f"{prefix}{name}.")
         elif isinstance(value, str):
             yield _read_argument(f"{prefix}{name}={value}")
+        elif isinstance(value, list) and _is_free(prefix + name):
+            yield _read_argument(f"{prefix}{name}={_as_flow(value)}")
         else:
             yield prefix + name, value
+
+
+def _as_flow(value: Any) -> str:
+    """A list of scalars that are still text, as one would type it in an argument."""
+    return f"[{', '.join(map(_as_flow, value))}]" if isinstance(value, list) else str(value)
 
 
 def _first_line(error: Exception) -> str:
@@ -484,9 +512,14 @@ def _first_line(error: Exception) -> str:
     return f"{problem} (line {mark.line + 1})" if mark else str(problem)
 
 
+def _is_free(key: str) -> bool:
+    """True for what is in a section that takes any key, such as `model.args.width`."""
+    return any(typing.get_origin(kind) is dict and key.startswith(f"{name}.") for name, kind, *_ in fields())
+
+
 def _check_key(key: str, value: object, source: str) -> None:
     keys = [name for name, *_ in fields()]
-    if key in keys:
+    if key in keys or _is_free(key):
         return
     inside = [name for name in keys if name.startswith(f"{key}.")]
     if inside:
@@ -503,6 +536,6 @@ def _check_key(key: str, value: object, source: str) -> None:
 def _refuse_value(key: str, value: object, source: str, error: Exception) -> NoReturn:
     if isinstance(error, UserError):
         raise UserError(f"{source}{error}") from error
-    annotation = next(kind for name, kind, _, _ in fields() if name == key)
+    annotation = next(kind for name, kind, _, _ in fields() if name == key or key.startswith(f"{name}."))
     found = "null" if value is None else value
     raise UserError(f"{source}{key}={found} has the wrong type: expected {_type_name(annotation)}") from error

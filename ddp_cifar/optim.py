@@ -10,6 +10,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ddp_cifar.config import OptimConfig
 from ddp_cifar.errors import UserError
+from ddp_cifar.named import call, find, is_own
 
 Parameters = Iterable[nn.Parameter]
 Implementation = dict[str, Any]
@@ -17,11 +18,11 @@ Implementation = dict[str, Any]
 
 
 def _adam(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
-    return Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, **implementation)
+    return Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, **implementation, **config.args)
 
 
 def _adamw(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
-    return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, **implementation)
+    return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, **implementation, **config.args)
 
 
 def _sgd(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
@@ -32,6 +33,7 @@ def _sgd(parameters: Parameters, config: OptimConfig, implementation: Implementa
         nesterov=config.momentum > 0,
         weight_decay=config.weight_decay,
         **{name: on for name, on in implementation.items() if name != "capturable"},
+        **config.args,
     )
     if config.momentum > 0:
         # the same as none yet; the fused kernel would leave them uninitialised if fp16 skips the first update
@@ -40,7 +42,7 @@ def _sgd(parameters: Parameters, config: OptimConfig, implementation: Implementa
     return optimizer
 
 
-OPTIMIZERS: dict[str, Callable[[Parameters, OptimConfig, Implementation], Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": _adam,
     "adamw": _adamw,
     "sgd": _sgd,
@@ -51,14 +53,26 @@ OPTIMIZERS: dict[str, Callable[[Parameters, OptimConfig, Implementation], Optimi
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """The optimizer that `config` names, over all of the model's parameters.
 
-    Raises `UserError` if the device cannot run `config.implementation`.
+    One of the user's own is called with the parameters, `lr`, `weight_decay` and `config.args`; it sees to its kernels itself.
+    Raises `UserError` if the device cannot run `config.implementation`, or if the optimizer does not take its arguments.
     """
+    function = find("optim.name", config.name, OPTIMIZERS)
+    if is_own(config.name):
+        named = {"lr": config.lr, "weight_decay": config.weight_decay} | config.args
+        optimizer = call("optim.name", config.name, function, model.parameters(), **named)
+        if not isinstance(optimizer, Optimizer):
+            found = type(optimizer).__name__
+            raise UserError(f"optim.name={config.name} returned a {found}: expected a torch.optim.Optimizer")
+        return optimizer
     device = next(model.parameters()).device.type
     if config.implementation == "capturable" and device != "cuda":
         raise UserError(f"optim.implementation=capturable needs a GPU, found device {device}: use auto")
     name = "fused" if config.implementation == "auto" else config.implementation
     implementation = {"foreach": name == "foreach", "fused": name == "fused", "capturable": name == "capturable"}
-    return OPTIMIZERS[config.name](model.parameters(), config, implementation)
+    try:
+        return function(model.parameters(), config, implementation)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optim.name={config.name} does not take optim.args={config.args} ({error})") from error
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from ddp_cifar.config import Config, to_dict
+from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
+from ddp_cifar.named import call, find
 
 Scalars = Mapping[str, float | str]
 """Numbers by tag, such as `train/loss`; and words, such as a checksum, which metrics.jsonl has and TensorBoard has not."""
@@ -150,8 +153,50 @@ class _All:
                 log.warning(f"{type(tracker).__name__} could not write ({error.strerror}); training goes on")
 
 
-def build_tracker(metrics: Path, tensorboard: Path, step: int, epoch: int = 0) -> Tracker:
-    """JSON lines in the file `metrics` and event files in the folder `tensorboard`, going on after `step` steps.
+class OwnTracker:
+    """A tracker of the user's own, which has `log(scalars, step)` and `close()`. Where it fails, a warning says so."""
+
+    def __init__(self, name: str, tracker: Any) -> None:
+        missing = [method for method in ("log", "close") if not callable(getattr(tracker, method, None))]
+        if missing:
+            raise UserError(
+                f"tracking.name={name} has no {' and no '.join(missing)}: expected log(scalars, step) and close()"
+            )
+        self.name = name
+        self.tracker = tracker
+
+    def log(self, scalars: Scalars, step: int) -> None:
+        self._try(
+            lambda: self.tracker.log({tag: value for tag, value in scalars.items() if not isinstance(value, str)}, step)
+        )
+
+    def log_text(self, tag: str, text: str, step: int) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._try(self.tracker.close)
+
+    def _try(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:
+            log.warning(f"tracking.name={self.name} failed ({type(error).__name__}: {error}); training goes on")
+
+
+def build_own_tracker(config: Config) -> Tracker:
+    """What `tracking.name` names, called with the run's config as plain dicts, its run_dir, and `tracking.args`."""
+    own = config.tracking
+    if own.name is None:
+        return NullTracker()
+    function: Callable[..., Any] = find("tracking.name", own.name, {})
+    return OwnTracker(own.name, call("tracking.name", own.name, function, to_dict(config), config.run_dir, **own.args))
+
+
+def build_tracker(metrics: Path, tensorboard: Path, step: int, epoch: int = 0, own: Tracker | None = None) -> Tracker:
+    """JSON lines in the file `metrics` and event files in the folder `tensorboard`, going on after `step` steps; and `own`.
 
     Of what was logged before stays what belongs to these steps, and to the `epoch` epochs that are completed: the run will
     log the rest again.
@@ -162,7 +207,7 @@ def build_tracker(metrics: Path, tensorboard: Path, step: int, epoch: int = 0) -
     for row in kept:
         if row["step"] == step:
             events.log({tag: value for tag, value in row.items() if tag != "step" and value is not None}, step)
-    return _All(JsonLinesTracker(metrics), events)
+    return _All(JsonLinesTracker(metrics), events, own or NullTracker())
 
 
 def last_value(metrics: Path, tag: str) -> float:

@@ -27,15 +27,15 @@ from ddp_cifar.distributed import World, bf16_is_native, is_lost_peer, open_worl
 from ddp_cifar.errors import UserError
 from ddp_cifar.heartbeat import Heartbeat, read_sign
 from ddp_cifar.log import log, log_to_file
-from ddp_cifar.models import MODELS
+from ddp_cifar.models import MODELS, build_model
 from ddp_cifar.optim import OPTIMIZERS, build_optimizer
 from ddp_cifar.run_dir import RunDir, Start
 from ddp_cifar.seeding import derive_seed
 from ddp_cifar.stopping import Requests
-from ddp_cifar.tracking import NullTracker, Tracker, build_tracker, last_value
+from ddp_cifar.tracking import NullTracker, Tracker, build_own_tracker, build_tracker, last_value
 from ddp_cifar.trainer import Progress, Trainer
 
-TABLES: Tables = {"data.name": DATASETS, "model.name": MODELS, "optim.name": OPTIMIZERS}
+TABLES: Tables = {"data.name": DATASETS, "model.name": MODELS, "optim.name": OPTIMIZERS, "tracking.name": {}}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -121,7 +121,8 @@ def start_records(
     sign = read_sign(run_dir.heartbeats, rank=0)
     try:
         run_dir.write_config(to_yaml(config))
-        tracker = build_tracker(run_dir.metrics, run_dir.tensorboard, progress.step, progress.epoch)
+        own = build_own_tracker(config)
+        tracker = build_tracker(run_dir.metrics, run_dir.tensorboard, progress.step, progress.epoch, own)
         last_seen = (sign.time, sign.step) if sign else None
         productive_s = last_value(run_dir.metrics, "run/productive_s")
         start = run_dir.note_start(began, progress.step, world.world_size, last_seen, productive_s)
@@ -177,7 +178,7 @@ def build_trainer(
     sampler = StepSampler(plan, world.rank, config.seed)
 
     torch.manual_seed(derive_seed("init", config.seed))
-    model = MODELS[config.model.name](len(dataset.classes), dataset.train.image_size).to(place)
+    model = build_model(config.model, len(dataset.classes), dataset.train.image_size).to(place)
     if init is not None:
         new = load_weights(model, init, config.model.init, new_head=True)
         log.info(f"weights from {config.model.init}" + (f", but for {', '.join(new)}: other classes" if new else ""))

@@ -98,12 +98,12 @@ def train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
 def shell(tmp_path: Path) -> Callable[..., Outcome]:
     """A command as a user would type it in the checkout, with the environment's programs on PATH."""
 
-    def run(*command: str, timeout: float = 120, **environment: str) -> Outcome:
+    def run(*command: str, timeout: float = 120, cwd: Path = CHECKOUT, **environment: str) -> Outcome:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         done = subprocess.run(
             command,
-            cwd=CHECKOUT,
+            cwd=cwd,
             env={**inherited, "PATH": path, **environment},
             stdin=subprocess.DEVNULL,
             capture_output=True,

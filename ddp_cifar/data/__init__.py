@@ -5,17 +5,21 @@ from collections.abc import Callable
 
 from ddp_cifar.config import DataConfig
 from ddp_cifar.data.cifar10 import read_cifar10
-from ddp_cifar.data.dataset import DataSet
+from ddp_cifar.data.dataset import DataSet, Split
 from ddp_cifar.data.imagefolder import read_imagefolder
 from ddp_cifar.data.shapes import draw_shapes
 from ddp_cifar.distributed import World
 from ddp_cifar.errors import UserError
+from ddp_cifar.named import call, find, is_own
+
+__all__ = ["DATASETS", "DataSet", "Split", "build_dataset"]
 
 DATASETS: dict[str, Callable[[DataConfig, World], DataSet]] = {
     "cifar10": read_cifar10,
     "imagefolder": read_imagefolder,
     "shapes": draw_shapes,
 }
+"""Name -> function of the config's section and the world."""
 
 
 def build_dataset(config: DataConfig, world: World) -> DataSet:
@@ -23,11 +27,12 @@ def build_dataset(config: DataConfig, world: World) -> DataSet:
 
     Raises `UserError` if it cannot be read, or if the ranks have read other data each.
     """
+    function = find("data.name", config.name, DATASETS)
     try:
-        dataset = DATASETS[config.name](config, world)
+        dataset = _read_own(function, config, world) if is_own(config.name) else function(config, world)
     except OSError as error:
         raise UserError(f"cannot read data.root={config.root} ({error.strerror}: {error.filename})") from error
-    if dataset.train.image_size != config.image_size:
+    if dataset.train.image_size != config.image_size and not is_own(config.name):
         size = dataset.train.image_size
         raise UserError(
             f"data.image_size={config.image_size}, but the images of {config.name} have {size} x {size} pixels: leave it out"
@@ -41,3 +46,22 @@ def build_dataset(config: DataConfig, world: World) -> DataSet:
             f"the ranks do not read the same data: rank 0 has {main}{here}; is data.root the same on every node?"
         )
     return dataset
+
+
+def _read_own(function: Callable[..., DataSet], config: DataConfig, world: World) -> DataSet:
+    """What a function of the user's own returns for `data.root` and `data.args`, on each rank.
+
+    The first rank of a node calls it before the others, so that what it downloads it downloads once.
+    """
+    first: list[DataSet] = []
+
+    def read() -> DataSet:
+        return call("data.name", config.name, function, config.root, **config.args)
+
+    world.on_each_node(lambda: first.append(read()))
+    dataset = first[0] if first else read()
+    if not isinstance(dataset, DataSet):
+        raise UserError(
+            f"data.name={config.name} returned a {type(dataset).__name__}: expected a ddp_cifar.data.DataSet"
+        )
+    return dataset.checked(f"data.name={config.name}")

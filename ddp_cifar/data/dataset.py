@@ -31,10 +31,14 @@ class Split:
 
     @staticmethod
     def of(images: Tensor, labels: Tensor) -> "Split":
-        """A split of all images, in their own order."""
-        assert images.dtype == torch.uint8, images.dtype
-        assert images.ndim == 4, images.shape
-        assert len(images) == len(labels), (images.shape, labels.shape)
+        """A split of all images (N, 3, S, S) uint8, in their own order, with labels (N,). Raises `UserError` for other ones."""
+        shape = tuple(images.shape)
+        if images.dtype != torch.uint8 or images.ndim != 4 or shape[1] != 3 or shape[2] != shape[3]:
+            raise UserError(
+                f"the images of a split are {images.dtype} of shape {shape}: expected uint8 of shape (N, 3, S, S)"
+            )
+        if tuple(labels.shape) != shape[:1]:
+            raise UserError(f"{shape[0]} images have labels of shape {tuple(labels.shape)}: expected ({shape[0]},)")
         channels_last = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return Split(channels_last, labels.long(), torch.arange(len(labels)))
 
@@ -51,6 +55,26 @@ class DataSet:
     test: Split | None
     classes: tuple[str, ...]
     val: Split | None = None
+
+    def checked(self, source: str) -> "DataSet":
+        """Itself. Raises `UserError`, which names `source`, where splits do not fit each other or the classes."""
+        for name, split in (("train", self.train), ("test", self.test), ("val", self.val)):
+            if split is None:
+                continue
+            low, high = (int(split.labels.min()), int(split.labels.max())) if len(split) else (0, 0)
+            if not len(split):
+                raise UserError(f"{source}: the {name} split has no images")
+            if low < 0 or high >= len(self.classes):
+                raise UserError(
+                    f"{source}: labels of the {name} split go from {low} to {high}: expected 0 to {len(self.classes) - 1} "
+                    f"({len(self.classes)} classes)"
+                )
+            if split.image_size != self.train.image_size:
+                raise UserError(
+                    f"{source}: the {name} images have {split.image_size} x {split.image_size} pixels, those of train "
+                    f"{self.train.image_size} x {self.train.image_size}: expected one size"
+                )
+        return self
 
     def describe(self) -> str:
         """Sizes, and a checksum of the classes' names and all labels: equal for two readings of the same data."""

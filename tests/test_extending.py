@@ -1,0 +1,221 @@
+"""One's own model, data, optimizer and tracker: the page's example as it stands, every built-in model, and mistakes."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import config_of, make_trainer, random_dataset
+from ranks import RankPool
+from test_reproducible import Rows
+from torch import nn
+
+from ddp_cifar.checkpoint import digest, load_checkpoint
+from ddp_cifar.config import to_yaml
+from ddp_cifar.data import DataSet, Split, build_dataset
+from ddp_cifar.distributed import World
+from ddp_cifar.errors import UserError
+from ddp_cifar.log import log
+from ddp_cifar.models import build_model
+from ddp_cifar.tracking import OwnTracker, build_own_tracker
+
+CHECKOUT = Path(__file__).parent.parent
+PAGE = (CHECKOUT / "docs" / "extending.md").read_text()
+
+
+def example() -> tuple[str, str]:
+    """The page's first program, and the command that runs it."""
+    program = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    command = re.search(r"^    (torchrun (?:.*\\\n)*.*)$", PAGE, re.MULTILINE)
+    assert program
+    assert command
+    return program[1], command[1].replace("\\\n", " ")
+
+
+def test_the_pages_example_runs_as_it_stands(tmp_path: Path, shell: Callable[..., Any]) -> None:
+    program, command = example()
+    (tmp_path / "mine.py").write_text(program)
+    done = shell("bash", "-c", f"{command} device=cpu", cwd=tmp_path, timeout=200)
+    assert done.status == 0, done.err
+    run_dir = tmp_path / "runs" / "stripes"
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    accuracies = [row["test/accuracy"] for row in rows if "test/accuracy" in row]
+    assert accuracies[-1] > 0.9
+    assert re.findall(r"^step \d+: test/accuracy ([\d.]+)$", done.out, re.MULTILINE) == [f"{a:.3f}" for a in accuracies]
+    assert done.out.splitlines().count("done") == 1
+    config = load_checkpoint(run_dir / "checkpoints" / "latest.pt")["config"]
+    assert config["model"]["args"] == {"width": 8}
+
+    refused = shell("bash", "-c", f"{command} device=cpu model.args.width=9", cwd=tmp_path, timeout=100)
+    assert refused.status != 0
+    assert "model.args.width=8, now 9" in refused.err
+
+
+BUILT_IN = {
+    "cnn": ("model.name=cnn",),
+    "resnet18": ("model.name=resnet18",),
+    "resnet9": ("model.name=resnet9",),
+    "torchvision": ("model.name=torchvision", "model.args.name=shufflenet_v2_x0_5"),
+}
+
+
+def two_steps(world: World, *arguments: str) -> tuple[str, Any]:
+    sizes = ("train.global_batch_size=8", "train.micro_batch_size=2", "train.max_steps=2", "eval.batch_size=4")
+    config = config_of("precision=fp32", "train.reproducible=true", *sizes, *arguments)
+    trainer = make_trainer(world, config, random_dataset(24, test=6))
+    trainer.fit(rows := Rows())
+    state = trainer.state_dict()
+    return digest({name: state[name] for name in ("model", "optimizer", "progress")}), rows.rows
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_built_in_model_has_the_same_bits_on_1_and_2_ranks(ranks: RankPool, name: str) -> None:
+    one, two = (ranks.run(two_steps, n, *BUILT_IN[name]) for n in (1, 2))
+    assert two == one * 2
+    assert one[0][1][-1]["test/loss"] > 0
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("resnet18", 11_173_962), ("resnet9", 6_573_120)])
+def test_residual_networks_have_the_parameters_they_are_known_by(name: str, parameters: int) -> None:
+    for classes, size in ((10, 32), (3, 8), (100, 64)):
+        model = build_model(config_of(f"model.name={name}").model, classes, size)
+        assert model(torch.zeros(2, 3, size, size)).shape == (2, classes)
+    model = build_model(config_of(f"model.name={name}").model, 10, 32)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_arguments_come_from_a_file_too_and_keep_their_types(tmp_path: Path) -> None:
+    text = (
+        "model:\n  name: mobilenet\n  args: {width: 2, rate: 1e-3, name: on, sizes: [1, 2.5, x], deep: {more: null}}\n"
+    )
+    (tmp_path / "file.yaml").write_text(text.replace("mobilenet", "cnn"))
+    config = config_of(str(tmp_path / "file.yaml"), "model.args.width=3", "optim.args.betas=[0.8, 0.9]")
+    assert config.model.args == {
+        "width": 3,
+        "rate": 0.001,
+        "name": True,
+        "sizes": [1, 2.5, "x"],
+        "deep": {"more": None},
+    }
+    assert config.optim.args == {"betas": [0.8, 0.9]}
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert config_of(str(tmp_path / "again.yaml")).model == config.model
+
+
+# -- mistakes, each one line
+
+
+def nothing(root: str) -> None: ...
+
+
+def grey(root: str) -> DataSet:
+    return DataSet(Split.of(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4)), None, ("a",))
+
+
+def mislabelled(root: str) -> DataSet:
+    return DataSet(Split.of(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4)), None, ("a", "b"))
+
+
+def two_sizes(root: str) -> DataSet:
+    splits = [Split.of(torch.zeros(4, 3, size, size, dtype=torch.uint8), torch.zeros(4)) for size in (8, 16)]
+    return DataSet(*splits, ("a", "b"))
+
+
+def wrong_head(num_classes: int, image_size: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes + 1))
+
+
+def wrong_body(num_classes: int, image_size: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(7, num_classes))
+
+
+def no_module(num_classes: int, image_size: int) -> str:
+    return "a network"
+
+
+class Half:
+    def __init__(self, config: dict[str, Any], run_dir: str) -> None: ...
+
+    def log(self, scalars: dict[str, float], step: int) -> None: ...
+
+
+def build(argument: str, world: World) -> None:
+    """What a run with this argument would build."""
+    config = config_of(argument)
+    if argument.startswith("data"):
+        build_dataset(config.data, world)
+    elif argument.startswith("tracking"):
+        build_own_tracker(config)
+    else:
+        make_trainer(world, config, random_dataset(512))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "model.name=resnet19",
+            "model.name=resnet19 is not known: expected cnn, resnet18, resnet9, torchvision, ",
+        ),
+        ("model.name=nowhere.at:all", "cannot import nowhere.at (No module named 'nowhere')"),
+        ("model.name=:all", "model.name=:all is not of the form package.module:function"),
+        ("model.name=test_extending:wrong_haed", "has no wrong_haed; did you mean wrong_head?"),
+        ("model.name=test_extending:CHECKOUT", "has no function CHECKOUT"),
+        (
+            "model.name=test_extending:wrong_head",
+            "makes (2, 11) of images of shape (2, 3, 32, 32): expected logits",
+        ),
+        ("model.name=test_extending:wrong_body", "fails on images of shape (2, 3, 32, 32) (mat1 and mat2 shapes"),
+        ("model.name=test_extending:no_module", "returned a str: expected a torch.nn.Module"),
+        (
+            "model.args.width=2",
+            "CNN(num_classes: int = 10, image_size: int = 32) -> None is called with (int, int, width=2)",
+        ),
+        ("optim.name=adamm", "expected adam, adamw, sgd, or package.module:function of your own; did you mean adam?"),
+        ("optim.name=torch.optim:Adamm", "has no Adamm; did you mean Adam"),
+        ("optim.args.betta=1", "optim.name=adam does not take optim.args={'betta': 1}"),
+        ("optim.name=test_extending:no_module", "which it does not take"),
+        ("data.name=test_extending:nothing", "returned a NoneType: expected a ddp_cifar.data.DataSet"),
+        (
+            "data.name=test_extending:grey",
+            "the images of a split are torch.uint8 of shape (4, 1, 8, 8): expected uint8 of shape",
+        ),
+        (
+            "data.name=test_extending:mislabelled",
+            "labels of the train split go from 0 to 3: expected 0 to 1 (2 classes)",
+        ),
+        ("data.name=test_extending:two_sizes", "the test images have 16 x 16 pixels, those of train 8 x 8"),
+        (
+            "tracking.name=tensorbord",
+            "tracking.name=tensorbord is not known: expected package.module:function of your own",
+        ),
+        (
+            "tracking.name=test_extending:Half",
+            "tracking.name=test_extending:Half has no close: expected log(scalars, step) and",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line(alone: World, argument: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        build(argument, alone)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tracker_that_fails_costs_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def log(self, scalars: dict[str, float], step: int) -> None:
+            raise ConnectionError("no route")
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(log, "propagate", True)
+    tracker = OwnTracker("mine:Broken", Broken())
+    tracker.log({"train/loss": 1.0}, 1)
+    tracker.close()
+    assert "tracking.name=mine:Broken failed (ConnectionError: no route); training goes on" in caplog.text
