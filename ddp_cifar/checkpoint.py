@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, verified when read, the newest good one found, old ones removed.
 
 A checkpoint is a plain dict of tensors, numbers and strings, which `torch.load(path, weights_only=True)` takes:
-`model`, `optimizer`, `progress`, `config`; `ema` (averaged weights) and `scaler` (of fp16) where the run has them; and
-`digest`, a sha256 of the rest.
+`model`, `optimizer`, `progress`, `config`, `classes` (their names) and `image_size` (in pixels); `ema` (averaged weights)
+and `scaler` (of fp16) where the run has them; and `digest`, a sha256 of the rest.
 """
 
 import hashlib

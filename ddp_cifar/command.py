@@ -1,5 +1,6 @@
 """What every command does around its `main`: a user's mistake is one line, a bug keeps its traceback, both are recorded."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -15,6 +16,18 @@ from ddp_cifar.errors import RunError, UserError
 from ddp_cifar.log import log, set_up_logging
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_SAVE_FAILED = 1, 2, 3
+
+
+class Arguments(argparse.ArgumentParser):
+    """A command's arguments, in its docstring's words. What it cannot read is a `UserError`, one line."""
+
+    def __init__(self, module: str, description: str | None) -> None:
+        super().__init__(
+            prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists the arguments")
 
 
 def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:

@@ -303,9 +303,10 @@ Tables = Mapping[str, Mapping[str, Callable[..., object]]]
 """Keys whose values are names from a table, such as `{"model.name": MODELS}`, or functions of the user's own."""
 
 
-def load_config(argv: Sequence[str], tables: Tables) -> Config:
-    """The config that `[CONFIG.yaml] [key=value ...]` asks for: defaults < file < arguments.
+def load_config(argv: Sequence[str], tables: Tables, base: Mapping[str, Any] | None = None) -> Config:
+    """The config that `[CONFIG.yaml] [key=value ...]` asks for: defaults < base < file < arguments.
 
+    `base` is a checkpoint's config; a key that there no longer is counts for nothing.
     `--help` and `--print-config` print and exit. Raises `UserError` for an unknown key (with a suggestion), a wrong type,
     a value out of range, a name that is not in its table, or a file that cannot be read.
     """
@@ -318,6 +319,10 @@ def load_config(argv: Sequence[str], tables: Tables) -> Config:
         raise UserError(f"cannot read the argument {name!r}: expected [CONFIG.yaml] [key=value ...], or --help")
 
     layers = []
+    if base is not None:
+        known = [name for name, *_ in fields()]
+        values = {key: value for key, value in flatten(base).items() if key in known or _is_free(key)}
+        layers.append(("the checkpoint's ", values))
     if files:
         layers.append(("", {"run_dir": f"runs/{Path(files[0]).stem}"}))
         layers.append((f"{files[0]}: ", dict(_flatten(_read_yaml(files[0]), files[0]))))

@@ -87,6 +87,14 @@ class World:
         """Every rank's `numbers`, as many on each: a list a rank."""
         return self.start_gather(numbers)()
 
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's `value`, anything that can be pickled, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.side)
+        return values
+
     def new_group(self, timeout: timedelta = COLLECTIVE_TIMEOUT, backend: str | None = None) -> dist.ProcessGroup:
         """All ranks once more, for collectives that come in an order of their own. Every rank must call it."""
         return cast(dist.ProcessGroup, dist.new_group(backend=backend or self.backend, timeout=timeout))

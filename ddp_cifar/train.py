@@ -211,6 +211,7 @@ def build_trainer(
         checkpoints=checkpoints,
         precision=precision,
         data=data,
+        classes=dataset.classes,
         show_progress=world.is_main and sys.stderr.isatty(),
     )
 

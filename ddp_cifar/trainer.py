@@ -32,6 +32,7 @@ from ddp_cifar.distributed import World
 from ddp_cifar.errors import RunError, UserError
 from ddp_cifar.fingerprint import fingerprint
 from ddp_cifar.heartbeat import Heartbeat, NullHeartbeat
+from ddp_cifar.inference import autocast
 from ddp_cifar.log import log
 from ddp_cifar.metrics import Counter, PhaseTimer, Span, Totals, ledger_numbers
 from ddp_cifar.optim import Schedule, load_optimizer_state
@@ -141,6 +142,7 @@ class Trainer:
         checkpoints: Checkpoints,
         precision: str,
         data: str = "",
+        classes: Sequence[str] = (),
         show_progress: bool = False,
     ) -> None:
         self.config = config
@@ -160,6 +162,7 @@ class Trainer:
         self.train, self.test, self.val = train, test, val
         self.checkpoints = checkpoints
         self.precision = precision
+        self.classes = list(classes)
         # multiplies the loss so that small fp16 gradients do not vanish, and leaves out an update that overflowed
         self.scaler = GradScaler(world.device.type, enabled=precision == "fp16")
         self.ema: AveragedModel | None = None
@@ -272,6 +275,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "progress": self.progress.state_dict(),
             "config": to_dict(self.config),
+            "classes": self.classes,
+            "image_size": self.train.split.image_size,
         }
         if self.ema:
             state["ema"] = self.ema.module.state_dict()
@@ -452,8 +457,7 @@ class Trainer:
                 self.tree.end_micro_batch(is_last=is_last)
 
     def autocast(self) -> torch.autocast:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        return torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not None)
+        return autocast(self.precision, self.world.device)
 
     def log_window(self) -> None:
         """A row of scalars over the steps since the last one, or since the epoch's start."""
@@ -512,10 +516,9 @@ class Trainer:
         counter = Counter(self.world.device)
         for batch in loader.evaluation_batches(self.world, self.config.eval.batch_size, augmentations):
             if batch:
-                images, labels = batch
                 with self.autocast():
-                    logits = model(images)
-                counter.add(F.cross_entropy(logits.float(), labels, reduction="none"), logits, labels)
+                    logits = model(batch.images).float()
+                counter.add(F.cross_entropy(logits, batch.labels, reduction="none"), logits, batch.labels)
             self.poll()
         totals = counter.reduce(self.world)
         if totals.images != len(loader):

@@ -71,6 +71,8 @@ def start(run_dir: Path, ranks: int, *arguments: str, **environment: str) -> "su
             cwd=CHECKOUT,
             env={**os.environ, "PATH": path, **settings, **environment},
             stdin=subprocess.DEVNULL,
+            # tests in the background of a shell inherit it ignored, and so would every process from here on
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             stdout=terminal,
             stderr=terminal,
         )

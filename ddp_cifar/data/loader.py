@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,17 @@ class StepBatch:
             yield MicroBatch(micro.index, images, labels, sample_ids)
 
 
+class EvalBatch(NamedTuple):
+    """What one forward pass takes in an evaluation."""
+
+    images: Tensor
+    """(B, 3, H, W) float32, normalised, on the device"""
+    labels: Tensor
+    """(B,) int64, on the device"""
+    indices: Tensor
+    """(B,) int64, on the CPU: where in the split they are"""
+
+
 class EvalLoader:
     """A split that is whole on the device as uint8, and this rank's share of it for an evaluation."""
 
@@ -78,7 +90,7 @@ class EvalLoader:
 
     def evaluation_batches(
         self, world: World, batch_size: int, augmentations: Tensor | None = None
-    ) -> Iterator[tuple[Tensor, Tensor] | None]:
+    ) -> Iterator[EvalBatch | None]:
         """This rank's batches of the split, images and labels `gather`ed: number rank, rank + world_size ...
 
         A batch holds the same images on any number of ranks, since an image's logits depend, in their last bits, on its
@@ -88,8 +100,9 @@ class EvalLoader:
         batches = torch.arange(len(self)).split(batch_size)
         for turn in range(0, len(batches), world.world_size):
             if turn + world.rank < len(batches):
-                images, labels, _ = self.gather(batches[turn + world.rank], augmentations)
-                yield images, labels
+                indices = batches[turn + world.rank]
+                images, labels, _ = self.gather(indices, augmentations)
+                yield EvalBatch(images, labels, indices)
             else:
                 yield None
 

@@ -1,0 +1,134 @@
+"""How good a trained network is: `[torchrun ...] python -m ddp_cifar.evaluate CHECKPOINT [key=value ...]`.
+
+CHECKPOINT is a file, or the run_dir of a run, whose newest good one is taken. The config is the checkpoint's; `key=value`
+changes it, such as data.root, or eval.batch_size. On any number of ranks each image counts once.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ddp_cifar.command import Arguments, run_command
+from ddp_cifar.config import load_config
+from ddp_cifar.data import build_dataset
+from ddp_cifar.data.loader import EvalLoader
+from ddp_cifar.distributed import open_world
+from ddp_cifar.errors import UserError
+from ddp_cifar.inference import Quality, read_trained, split_logits, trained_model
+from ddp_cifar.log import log
+from ddp_cifar.train import TABLES, pick_precision
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate as `argv` says, print the table on rank 0, and return the exit status."""
+    parser = Arguments("ddp_cifar.evaluate", __doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument("--split", choices=("test", "val", "train"), default="test", help="whose images (test)")
+    parser.add_argument("--mirror", action="store_true", help="average each image's logits with its mirror image's")
+    parser.add_argument("--json", type=Path, help="write all of it to this file")
+    parser.add_argument("--png", type=Path, help="draw the confusion matrix into this file")
+    options = parser.parse_args(argv)
+
+    loaded = read_trained(options.checkpoint)
+    config = load_config(options.overrides, TABLES, base=loaded.state["config"])
+    with open_world(config.device, config.backend) as world:
+        dataset = build_dataset(config.data, world).to(world.device)
+        split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
+        if split is None:
+            raise UserError(f"--split {options.split}, but there are no such images in data.name={config.data.name}")
+        model = trained_model(loaded, config, len(dataset.classes), split.image_size, world.device)
+        precision = pick_precision(config.precision, world)
+        loader = EvalLoader(split, config.train.channels_last)
+        logits, totals = split_logits(
+            model, loader, len(dataset.classes), world, config, precision, mirror=options.mirror
+        )
+        if totals.images != len(split):
+            raise UserError(f"the evaluation counted {totals.images} images of {len(split)}")
+        quality = Quality.of(logits, split.labels.cpu())
+
+        def tell() -> None:
+            """On rank 0."""
+            progress = loaded.state["progress"]
+            result: dict[str, Any] = {
+                "checkpoint": str(loaded.path),
+                "step": progress["step"],
+                "epoch": progress["epoch"],
+                "split": options.split,
+                "mirror": options.mirror,
+                "precision": precision,
+                "images": totals.images,
+                "loss": totals.mean_loss,
+                "accuracy": totals.accuracy,
+            }
+            result |= quality.as_dict(dataset.classes)
+            print(_table(result), flush=True)
+            if options.json:
+                _write(options.json, lambda: options.json.write_text(json.dumps(result, indent=1) + "\n"))
+            if options.png:
+                _write(options.png, lambda: draw_confusion(quality, dataset.classes, options.png))
+
+        world.on_main(tell)
+    return 0
+
+
+def _write(path: Path, write: Any) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another file") from error
+    log.info(f"wrote {path}")
+
+
+def _table(result: dict[str, Any]) -> str:
+    def percent(value: float | None) -> str:
+        return "      -" if value is None else f"{100 * value:6.2f}%"
+
+    width = max(len("class"), *(len(row["name"]) for row in result["classes"]))
+    lines = [
+        f"{result['checkpoint']} (epoch {result['epoch']}, step {result['step']}), {result['split']}: {result['images']} images",
+        f"loss {result['loss']:.4f}, accuracy {percent(result['accuracy']).strip()}, "
+        f"top-5 {percent(result['top5_accuracy']).strip()}, calibration error {percent(result['calibration_error']).strip()}",
+        "",
+        f"{'class':<{width}} {'images':>7} {'precision':>9} {'recall':>7}  most often taken for",
+    ]
+    for i, row in enumerate(result["classes"]):
+        wrong = [
+            (count, result["classes"][j]["name"]) for j, count in enumerate(result["confusion"][i]) if j != i and count
+        ]
+        most = max(wrong, default=None)
+        note = f"{most[1]} ({most[0]})" if most else "-"
+        lines.append(
+            f"{row['name']:<{width}} {row['images']:>7} {percent(row['precision']):>9} {percent(row['recall']):>7}  {note}"
+        )
+    return "\n".join(lines)
+
+
+def draw_confusion(quality: Quality, classes: tuple[str, ...], path: Path) -> None:
+    """Draw the confusion matrix, each row as shares of its true class."""
+    from matplotlib.figure import Figure  # here, as it takes a while; and without pyplot, which wants a display
+
+    shares = quality.confusion / quality.confusion.sum(1, keepdim=True).clamp(min=1)
+    size = max(4.0, 1.5 + 0.5 * len(classes))
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.add_subplot()
+    picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, label="share of the true class")
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if len(classes) <= 20:
+        for i, row in enumerate(quality.confusion.tolist()):
+            for j, count in enumerate(row):
+                if count:
+                    dark = bool(shares[i, j] > 0.5)
+                    axes.text(
+                        j, i, str(count), ha="center", va="center", fontsize=8, color="white" if dark else "black"
+                    )
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,136 @@
+"""A trained network put to use: its logits for a whole split, over ranks, and what they say about it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddp_cifar.checkpoint import Loaded, load_checkpoint, load_newest, load_weights
+from ddp_cifar.config import Config
+from ddp_cifar.data.loader import EvalLoader
+from ddp_cifar.distributed import World
+from ddp_cifar.metrics import Counter, Totals
+from ddp_cifar.models import build_model
+
+CALIBRATION_BINS = 15  # as in Guo et al., On Calibration of Modern Neural Networks (ICML 2017)
+
+
+def read_trained(source: str) -> Loaded:
+    """The checkpoint at `source`, or the newest good one of the run_dir there. Raises `UserError` if there is none."""
+    path = Path(source)
+    return load_newest(path, "CHECKPOINT") if path.is_dir() else Loaded(path, load_checkpoint(path))
+
+
+def trained_model(loaded: Loaded, config: Config, num_classes: int, image_size: int, device: torch.device) -> nn.Module:
+    """The checkpoint's network on a device, in eval mode, with its averaged weights where it has some.
+
+    Raises `UserError` if the weights do not fit what `config` builds.
+    """
+    model = build_model(config.model, num_classes, image_size)
+    weights: Mapping[str, Tensor] = loaded.state["ema" if "ema" in loaded.state else "model"]
+    load_weights(model, weights, str(loaded.path))
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(device).eval()
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """In the body, matrix products are computed in `precision`: fp32, tf32, bf16 or fp16."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def mirrored_mean(model: nn.Module, images: Tensor) -> Tensor:
+    """(B, 3, S, S) -> (B, classes): the mean of the logits of each image and of its mirror image."""
+    logits: Tensor = (model(images).float() + model(images.flip(3)).float()) / 2
+    return logits
+
+
+@torch.inference_mode()
+def split_logits(
+    model: nn.Module,
+    loader: EvalLoader,
+    num_classes: int,
+    world: World,
+    config: Config,
+    precision: str,
+    *,
+    mirror: bool,
+) -> tuple[Tensor, Totals]:
+    """(N, classes) float32 logits of a split's images in their order, on the CPU of every rank; and loss and accuracy.
+
+    In the Trainer's own batches and precision, so that they are those of its evaluation. Every rank must call it.
+    """
+    counter = Counter(world.device)
+    logits = torch.zeros(len(loader), num_classes, device=world.device)
+    for batch in loader.evaluation_batches(world, config.eval.batch_size):
+        if batch:
+            with autocast(precision, world.device):
+                found = mirrored_mean(model, batch.images) if mirror else model(batch.images).float()
+            counter.add(F.cross_entropy(found, batch.labels, reduction="none"), found, batch.labels)
+            logits[batch.indices.to(world.device)] = found
+    totals = counter.reduce(world)
+    # each row is zero on all ranks but one, so that the sum is exact
+    return world.sum(logits).cpu(), totals
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a split's logits say, beside loss and accuracy. Shares are 0 to 1."""
+
+    top5_accuracy: float
+    """Images whose true class is among the five likeliest; nan for five classes and fewer."""
+    calibration_error: float
+    """Expected calibration error over 15 equal bins of confidence (Guo et al., ICML 2017)."""
+    confusion: Tensor
+    """(classes, classes) int64: images of each true class (row) by predicted class (column)."""
+
+    @staticmethod
+    def of(logits: Tensor, labels: Tensor) -> "Quality":
+        """Of (N, classes) logits and (N,) labels."""
+        num_classes = logits.shape[1]
+        predicted = logits.argmax(1)
+        confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+        top5 = float("nan")
+        if num_classes > 5:
+            top5 = (logits.topk(5, 1).indices == labels[:, None]).any(1).double().mean().item()
+        return Quality(top5, _calibration_error(logits, labels), confusion.view(num_classes, num_classes))
+
+    @property
+    def recall(self) -> Tensor:
+        """(classes,) of each class's images, the share that is predicted as it; nan for a class without images."""
+        return self.confusion.diagonal() / self.confusion.sum(1)
+
+    @property
+    def precision(self) -> Tensor:
+        """(classes,) of what is predicted as a class, the share that is of it; nan where nothing is."""
+        return self.confusion.diagonal() / self.confusion.sum(0)
+
+    def as_dict(self, classes: tuple[str, ...]) -> dict[str, Any]:
+        """For JSON, which has no nan: null stands for it."""
+
+        def number(value: float) -> float | None:
+            return None if value != value else value
+
+        rows = zip(classes, self.confusion.sum(1).tolist(), self.precision.tolist(), self.recall.tolist(), strict=True)
+        return {
+            "top5_accuracy": number(self.top5_accuracy),
+            "calibration_error": self.calibration_error,
+            "classes": [
+                {"name": name, "images": images, "precision": number(precision), "recall": number(recall)}
+                for name, images, precision, recall in rows
+            ],
+            "confusion": self.confusion.tolist(),
+        }
+
+
+def _calibration_error(logits: Tensor, labels: Tensor) -> float:
+    confidence, predicted = logits.double().softmax(1).max(1)
+    correct = (predicted == labels).double()
+    bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1  # (0, 1/15], (1/15, 2/15] ...
+    gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add(0, bins, correct - confidence)
+    return gaps.abs().sum().item() / len(labels)

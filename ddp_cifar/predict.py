@@ -1,0 +1,163 @@
+"""What a trained network sees in images: `[torchrun ...] python -m ddp_cifar.predict CHECKPOINT IMAGE|FOLDER ...`.
+
+A row a file, as CSV or JSON lines: the likeliest class, and the probability of each. Images may have any size and mode; they
+are brought to the network's as data.name=imagefolder does. Of a folder all images are taken, in folders inside as well. A
+file that is no image has its error in its row and a warning, and the others go on.
+"""
+
+import contextlib
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from ddp_cifar.command import Arguments, run_command
+from ddp_cifar.config import Config, load_config
+from ddp_cifar.data.augment import normalize
+from ddp_cifar.data.decode import SUFFIXES, ReadError, decode_all
+from ddp_cifar.distributed import World, open_world
+from ddp_cifar.errors import UserError
+from ddp_cifar.inference import autocast, mirrored_mean, read_trained, trained_model
+from ddp_cifar.log import log
+from ddp_cifar.train import TABLES, pick_precision
+
+Row = dict[str, Any]
+"""`file`, then `class` and `probabilities`, or `error`."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Predict as `argv` says, write the rows on rank 0, and return the exit status."""
+    parser = Arguments("ddp_cifar.predict", __doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or the run_dir of a run")
+    parser.add_argument("paths", metavar="IMAGE|FOLDER", nargs="+", type=Path)
+    parser.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="CSV, or a JSON object a line (csv)")
+    parser.add_argument("--output", type=Path, help="write to this file (else to the terminal)")
+    parser.add_argument("--mirror", action="store_true", help="average each image's logits with its mirror image's")
+    parser.add_argument("--batch-size", type=int, default=500, help="images of one forward pass (500)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto)")
+    options = parser.parse_args(argv)
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size} is out of range: expected 1 or more")
+
+    loaded = read_trained(options.checkpoint)
+    if "classes" not in loaded.state:
+        raise UserError(
+            f"{loaded.path} has no names of classes: it was made by an older ddp_cifar; resume its run once"
+        )
+    classes, image_size = loaded.state["classes"], loaded.state["image_size"]
+    config = load_config([f"device={options.device}"], TABLES, base=loaded.state["config"])
+    files = list(find_images(options.paths))
+    with open_world(config.device, config.backend) as world:
+        model = trained_model(loaded, config, len(classes), image_size, world.device)
+        precision = pick_precision(config.precision, world)
+        batches = [files[start : start + options.batch_size] for start in range(0, len(files), options.batch_size)]
+        own: list[list[Row]] = []
+        for batch in batches[world.rank :: world.world_size]:
+            own.append(
+                predict_batch(model, batch, classes, image_size, world, config, precision, mirror=options.mirror)
+            )
+        everyone = world.gather_objects(own)
+        rows = [row for i in range(len(batches)) for row in everyone[i % world.world_size][i // world.world_size]]
+
+        def tell() -> None:
+            """On rank 0."""
+            for row in rows:
+                if "error" in row:
+                    log.warning(f"{row['file']} is left out: {row['error']}")
+            if all("error" in row for row in rows):
+                raise UserError(f"none of the {len(rows)} files is an image that can be read")
+            with open_output(options.output) as output:
+                write_rows(output, rows, classes, options.format)
+
+        world.on_main(tell)
+    return 0
+
+
+def find_images(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files that are named, and all images in the folders that are. Raises `UserError` for what is not there."""
+    for path in paths:
+        if path.is_dir():
+            found = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES)
+            if not found:
+                raise UserError(f"{path} has no images: expected files {', '.join(sorted(SUFFIXES))}")
+            yield from found
+        elif path.exists():
+            yield path
+        else:
+            raise UserError(f"there is no {path}: expected an image or a folder of images")
+
+
+@torch.inference_mode()
+def predict_batch(
+    model: nn.Module,
+    files: Sequence[Path],
+    classes: Sequence[str],
+    image_size: int,
+    world: World,
+    config: Config,
+    precision: str,
+    *,
+    mirror: bool,
+) -> list[Row]:
+    """A row for each file."""
+    rows: list[Row] = [{"file": str(path)} for path in files]
+    good: list[Row] = []
+    pixels: list[Tensor] = []
+    try:
+        for row, found in zip(rows, decode_all(files, image_size, num_workers=torch.get_num_threads()), strict=True):
+            if isinstance(found, str):
+                row["error"] = found
+            else:
+                good.append(row)
+                pixels.append(torch.frombuffer(bytearray(found), dtype=torch.uint8))
+    except ReadError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from error
+    if not pixels:
+        return rows
+    images = torch.stack(pixels).view(-1, image_size, image_size, 3).permute(0, 3, 1, 2).to(world.device)
+    channels_last = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    with autocast(precision, world.device):
+        batch = normalize(images, channels_last)
+        logits = mirrored_mean(model, batch) if mirror else model(batch).float()
+    for row, shares in zip(good, logits.double().softmax(1).tolist(), strict=True):
+        likeliest = max(range(len(classes)), key=shares.__getitem__)
+        row["class"] = classes[likeliest]
+        row["probabilities"] = dict(zip(classes, shares, strict=True))
+    return rows
+
+
+@contextlib.contextmanager
+def open_output(path: Path | None) -> Iterator[IO[str]]:
+    """The file, or the terminal. Raises `UserError` if it cannot be written."""
+    if path is None:
+        yield sys.stdout
+        return
+    try:
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another file") from error
+    log.info(f"wrote {path}")
+
+
+def write_rows(output: IO[str], rows: Sequence[Row], classes: Sequence[str], form: str) -> None:
+    """As CSV (file, class, a column of probabilities for each class, error) or JSON lines."""
+    if form == "jsonl":
+        for row in rows:
+            output.write(json.dumps(row) + "\n")
+        return
+    writer = csv.writer(output, lineterminator="\n")
+    writer.writerow(["file", "class", *classes, "error"])
+    for row in rows:
+        shares = row.get("probabilities", {})
+        numbers = [f"{shares[name]:.6f}" if shares else "" for name in classes]
+        writer.writerow([row["file"], row.get("class", ""), *numbers, row.get("error", "")])
+
+
+if __name__ == "__main__":
+    run_command(main)
