@@ -94,8 +94,8 @@ def train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
     return run
 
 
-@pytest.fixture
-def shell(tmp_path: Path) -> Callable[..., Outcome]:
+@pytest.fixture(scope="session")
+def shell() -> Callable[..., Outcome]:
     """A command as a user would type it in the checkout, with the environment's programs on PATH."""
 
     def run(*command: str, timeout: float = 120, cwd: Path = CHECKOUT, **environment: str) -> Outcome:
