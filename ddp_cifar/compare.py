@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path)
     parser.add_argument("--json", type=Path, help="write the table to this file")
     parser.add_argument("--png", type=Path, help="draw accuracy against steps, time and images into this file")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     runs = [Run.read(path) for path in options.run_dirs]
     print(_table(runs))
     for line in [*_over_seeds(runs), *_partings(runs)]:

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--mirror", action="store_true", help="average each image's logits with its mirror image's")
     parser.add_argument("--json", type=Path, help="write all of it to this file")
     parser.add_argument("--png", type=Path, help="draw the confusion matrix into this file")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
 
     loaded = read_trained(options.checkpoint)
     config = load_config(options.overrides, TABLES, base=loaded.state["config"])

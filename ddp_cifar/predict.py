@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--mirror", action="store_true", help="average each image's logits with its mirror image's")
     parser.add_argument("--batch-size", type=int, default=500, help="images of one forward pass (500)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto)")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size} is out of range: expected 1 or more")
 

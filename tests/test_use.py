@@ -236,3 +236,62 @@ def test_an_older_checkpoint_without_names_is_refused_by_predict(trained: Path, 
     del state["classes"]
     save_checkpoint(tmp_path / "old.pt", state)
     assert "has no names of classes" in command("predict", str(tmp_path / "old.pt"), str(tmp_path))
+
+
+@pytest.mark.parametrize("form", ["pt2", "onnx"])
+def test_an_exported_file_gives_the_checkpoints_logits(
+    shell: Shell, trained: Path, files: tuple[Path, DataSet], tmp_path: Path, form: str
+) -> None:
+    """Read back by itself here, with another number of images than it was made with."""
+    output = tmp_path / f"model.{form}"
+    done = shell(*PYTHON, "ddp_cifar.export", str(trained), "--format", form, "--output", str(output), timeout=200)
+    assert done.status == 0, done.err
+    said = re.search(r"largest difference of a logit on 150 images: (\S+)", done.err + done.out)
+    assert said
+    assert float(said[1]) <= 1e-4
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".export", "model"))] == [output.name]
+
+    _, dataset = files
+    assert dataset.test
+    images = dataset.test.images[dataset.test.sample_ids].contiguous()
+    names: dict[str, str] = {"classes": ""}
+    if form == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+        logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        names = session.get_modelmeta().custom_metadata_map
+    else:
+        logits = torch.export.load(output, extra_files=names).module()(images)
+    assert json.loads(names["classes"]) == list(dataset.classes)
+    found = evaluation(shell, PYTHON, trained, tmp_path / "e.json", "precision=fp32")
+    assert Quality.of(logits, dataset.test.labels).confusion.tolist() == found["confusion"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [("resnet18",), ("resnet9",), ("torchvision", "model.args.name=mobilenet_v3_small")])
+def test_other_models_export_too(shell: Shell, tmp_path: Path, model: tuple[str, ...]) -> None:
+    arguments = (f"model.name={model[0]}", *model[1:], "train.max_steps=1", f"run_dir={tmp_path / 'run'}")
+    assert shell(*PYTHON, "ddp_cifar.train", *RECIPE, *arguments, timeout=200).status == 0
+    for form in ("pt2", "onnx"):
+        output = str(tmp_path / f"model.{form}")
+        done = shell(
+            *PYTHON, "ddp_cifar.export", str(tmp_path / "run"), "--format", form, "--output", output, timeout=300
+        )
+        assert done.status == 0, done.err
+
+
+def test_a_file_that_differs_is_not_written(
+    trained: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ddp_cifar import export
+
+    monkeypatch.setattr(export, "STD", (0.2, 0.3, 0.3))
+    error = command("export", str(trained), "--format", "pt2", "--output", str(tmp_path / "m.pt2"))
+    assert re.search(
+        r"m.pt2 is not written: largest difference of a logit on 150 images: \S+, expected 0.0001 at most", error
+    )
+    assert not list(tmp_path.iterdir())
+    torch.distributed.destroy_process_group()
+    missing = str(tmp_path / "no" / "m.pt2")
+    assert "cannot write" in command("export", str(trained), "--format", "pt2", "--output", missing)
