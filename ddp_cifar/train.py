@@ -37,6 +37,8 @@ from ddp_cifar.trainer import Progress, Trainer
 
 TABLES: Tables = {"data.name": DATASETS, "model.name": MODELS, "optim.name": OPTIMIZERS, "tracking.name": {}}
 
+FEW_STEPS = 10  # an epoch, below which the default recipe hardly learns
+
 
 def main(argv: Sequence[str]) -> int:
     """Train as `argv` says, and return the exit status."""
@@ -195,6 +197,8 @@ def build_trainer(
         f"{config.model.name}: {parameters:,} parameters, {precision}, on {place.type} over {world.backend}{threads}"
     )
     log.info(str(plan))
+    if plan.steps_per_epoch < FEW_STEPS:
+        log.info("few steps an epoch for so few images: a smaller train.global_batch_size makes more of them")
     if config.train.micro_batch_size is None:
         log.info(
             "train.micro_batch_size is null: BatchNorm and dropout, and so the results, depend on the number of ranks"

@@ -219,3 +219,12 @@ def test_a_tracker_that_fails_costs_a_warning(
     tracker.log({"train/loss": 1.0}, 1)
     tracker.close()
     assert "tracking.name=mine:Broken failed (ConnectionError: no route); training goes on" in caplog.text
+
+
+def test_the_commands_of_the_way_from_dataparallel_are_ones_that_exist() -> None:
+    """Each key=value of the page is one that a config takes."""
+    page = (CHECKOUT / "docs" / "from-dataparallel.md").read_text()
+    found = re.findall(r"(?<![\w.])((?:train|optim|data|model|eval)\.[\w.]+=[\w.-]+)(?!:)\b", page)
+    values = [each for each in found if each not in ("model.name=mine", "model.init=weights.pt")]
+    assert len(values) > 12
+    config_of(*values)
