@@ -115,8 +115,15 @@ def train_cnn(world: World, *arguments: str) -> tuple[str, list[dict[str, Any]]]
     return digest(parts), rows.rows
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("micro_batch_size", [8, 4])  # 4 ranks compute one micro-batch each, or two
+@pytest.mark.parametrize(
+    ("precision", "micro_batch_size"),  # 4 ranks compute one micro-batch of 8 images each, or two of 4
+    [
+        ("fp32", 4),
+        ("bf16", 8),
+        pytest.param("fp32", 8, marks=pytest.mark.slow),
+        pytest.param("bf16", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_the_articles_network_has_the_same_bits_on_1_2_and_4_ranks(
     ranks: RankPool, precision: str, micro_batch_size: int
 ) -> None:
@@ -212,6 +219,7 @@ def on_one_rank(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return Run(tmp_path_factory.mktemp("reproducible") / "run").finish("train.reproducible=true", ranks=1)
 
 
+@pytest.mark.slow
 def test_two_nodes_have_the_bits_of_one_rank(tmp_path: Path, on_one_rank: Result) -> None:
     run = Run(tmp_path / "run")
     run.launch("train.reproducible=true", ranks=2, NNODES="2", OMP_NUM_THREADS="2")
