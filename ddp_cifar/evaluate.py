@@ -15,7 +15,7 @@ from ddp_cifar.data import build_dataset
 from ddp_cifar.data.loader import EvalLoader
 from ddp_cifar.distributed import open_world
 from ddp_cifar.errors import UserError
-from ddp_cifar.inference import Quality, read_trained, split_logits, trained_model
+from ddp_cifar.inference import Quality, check_classes, read_trained, split_logits, trained_model
 from ddp_cifar.log import log
 from ddp_cifar.train import TABLES, pick_precision
 
@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     config = load_config(options.overrides, TABLES, base=loaded.state["config"])
     with open_world(config.device, config.backend) as world:
         dataset = build_dataset(config.data, world).to(world.device)
+        check_classes(loaded, dataset.classes, config.data.name)
         split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
         if split is None:
             raise UserError(f"--split {options.split}, but there are no such images in data.name={config.data.name}")

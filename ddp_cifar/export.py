@@ -23,7 +23,7 @@ from ddp_cifar.data.augment import MEAN, STD, normalize
 from ddp_cifar.data.dataset import Split
 from ddp_cifar.distributed import open_world
 from ddp_cifar.errors import UserError
-from ddp_cifar.inference import read_trained, trained_model
+from ddp_cifar.inference import check_classes, read_trained, trained_model
 from ddp_cifar.log import log
 from ddp_cifar.train import TABLES
 
@@ -78,6 +78,7 @@ def main(argv: Sequence[str]) -> int:
                 f"export runs on one process, found {world.world_size}: start it with python, not with torchrun"
             )
         dataset = build_dataset(config.data, world)
+        check_classes(loaded, dataset.classes, config.data.name)
         split = dataset.test or dataset.val or dataset.train
         model = trained_model(loaded, config, len(dataset.classes), split.image_size, torch.device("cpu"))
         exported = Exported(model).eval()

@@ -13,6 +13,7 @@ from ddp_cifar.checkpoint import Loaded, load_checkpoint, load_newest, load_weig
 from ddp_cifar.config import Config
 from ddp_cifar.data.loader import EvalLoader
 from ddp_cifar.distributed import World
+from ddp_cifar.errors import UserError
 from ddp_cifar.metrics import Counter, Totals
 from ddp_cifar.models import build_model
 
@@ -23,6 +24,16 @@ def read_trained(source: str) -> Loaded:
     """The checkpoint at `source`, or the newest good one of the run_dir there. Raises `UserError` if there is none."""
     path = Path(source)
     return load_newest(path, "CHECKPOINT") if path.is_dir() else Loaded(path, load_checkpoint(path))
+
+
+def check_classes(loaded: Loaded, classes: tuple[str, ...], source: str) -> None:
+    """Raise `UserError` if the data's classes are not those that the checkpoint was trained on."""
+    trained = loaded.state.get("classes", list(classes))  # older checkpoints do not name theirs
+    if list(classes) != trained:
+        raise UserError(
+            f"data.name={source} has the classes {', '.join(classes[:10])}, but {loaded.path} was trained on "
+            f"{', '.join(trained[:10])}: give it data of the same classes, with data.name or data.root"
+        )
 
 
 def trained_model(loaded: Loaded, config: Config, num_classes: int, image_size: int, device: torch.device) -> nn.Module:

@@ -59,7 +59,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     function = find("optim.name", config.name, OPTIMIZERS)
     if is_own(config.name):
         named = {"lr": config.lr, "weight_decay": config.weight_decay} | config.args
-        optimizer = call("optim.name", config.name, function, model.parameters(), **named)
+        optimizer = call("optim.name", config.name, function, list(model.parameters()), **named)
         if not isinstance(optimizer, Optimizer):
             found = type(optimizer).__name__
             raise UserError(f"optim.name={config.name} returned a {found}: expected a torch.optim.Optimizer")

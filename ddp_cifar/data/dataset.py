@@ -1,5 +1,6 @@
 """What a data set is here: two tensors a split, in memory."""
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 
@@ -74,7 +75,11 @@ class DataSet:
                     f"{source}: the {name} images have {split.image_size} x {split.image_size} pixels, those of train "
                     f"{self.train.image_size} x {self.train.image_size}: expected one size"
                 )
-        return self
+        names = list(self.classes)
+        if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise UserError(f"{source}: the names of classes are {names[:10]}: expected strings, each once")
+        # plain ones: a checkpoint that holds numpy's could not be read again
+        return dataclasses.replace(self, classes=tuple(str(name) for name in names))
 
     def describe(self) -> str:
         """Sizes, and a checksum of the classes' names and all labels: equal for two readings of the same data."""
