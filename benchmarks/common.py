@@ -12,11 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
+from ddp_cifar.checkpoint import NullCheckpoints
+from ddp_cifar.config import load_config
 from ddp_cifar.data.augment import MEAN, STD
-from ddp_cifar.data.dataset import Split
+from ddp_cifar.data.dataset import DataSet, Split
+from ddp_cifar.distributed import World
+from ddp_cifar.train import TABLES, build_trainer
+from ddp_cifar.trainer import Trainer
 
 Rates = dict[str, list[float]]
 """Contender -> its images/s in each round."""
@@ -65,6 +71,39 @@ def random_cifar10(num_images: int) -> CIFAR10:
 def split_of(dataset: CIFAR10) -> Split:
     """The same images as ddp_cifar holds them."""
     return Split.of(torch.from_numpy(dataset.data).permute(0, 3, 1, 2), torch.tensor(dataset.targets))
+
+
+def random_dataset(num_images: int) -> DataSet:
+    """Random images to train on, and none to evaluate on."""
+    return DataSet(split_of(random_cifar10(num_images)), None, tuple("abcdefghij"))
+
+
+def make_trainer(world: World, data: DataSet, *arguments: str) -> Trainer:
+    """As the command builds it from these arguments, but that it saves nothing."""
+    return build_trainer(load_config(arguments, TABLES), world, data, NullCheckpoints(Path("nowhere"), keep=1))
+
+
+def train_on(trainer: Trainer, steps: int) -> None:
+    """Let the trainer go on as if `train.max_steps` had said so.
+
+    So each slice also draws the epoch's order and crops, which in a run happens once an epoch.
+    """
+    trainer.last_step = trainer.progress.step + steps
+    trainer.train_epoch()
+
+
+def timed(run: Callable[[], None], images: int) -> Callable[[], float]:
+    """A function that runs a slice of `images` over all ranks and returns its images/s, by the slowest rank's time."""
+
+    def measure() -> float:
+        dist.barrier()
+        started = time.perf_counter()
+        run()
+        seconds = torch.tensor(time.perf_counter() - started)
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        return images / seconds.item()
+
+    return measure
 
 
 def take_turns(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Rates:

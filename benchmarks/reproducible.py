@@ -1,20 +1,16 @@
 """images/s with `train.reproducible`, the same bits on any number of ranks, and without it.
 
-torchrun --nproc_per_node=2 benchmarks/reproducible.py
-torchrun --nproc_per_node=2 benchmarks/reproducible.py --micro 32       # a rank accumulates four micro-batches
+The two take turns in one process:
+
+    torchrun --nproc_per_node=2 benchmarks/reproducible.py
+    torchrun --nproc_per_node=2 benchmarks/reproducible.py --micro 32       # a rank accumulates four micro-batches
 """
 
-from pathlib import Path
-
 import torch
-from common import Comparison, arguments, random_cifar10, report, split_of, take_turns
-from speed import ours, timed
+from common import Comparison, arguments, make_trainer, random_dataset, report, take_turns, timed, train_on
 
-from ddp_cifar.checkpoint import NullCheckpoints
-from ddp_cifar.config import load_config
-from ddp_cifar.data.dataset import DataSet
-from ddp_cifar.distributed import World, open_world
-from ddp_cifar.train import TABLES, build_trainer, set_up_kernels
+from ddp_cifar.distributed import open_world
+from ddp_cifar.train import set_up_kernels
 from ddp_cifar.trainer import Trainer
 
 TARGET = 0.9
@@ -28,7 +24,7 @@ def main() -> None:
 
     with open_world("cpu") as world:
         images = options.steps * options.batch * world.world_size
-        data = DataSet(split_of(random_cifar10((options.rounds + 1) * images)), None, tuple("abcdefghij"))
+        data = random_dataset((options.rounds + 1) * images)
         sizes = [
             f"train.global_batch_size={options.batch * world.world_size}",
             f"train.micro_batch_size={options.micro or options.batch}",
@@ -41,7 +37,7 @@ def main() -> None:
 
         def slice_of(trainer: Trainer) -> None:
             set_up_kernels(trainer.config.train, world)  # which are the process's, not the trainer's
-            ours(trainer, options.steps)()
+            train_on(trainer, options.steps)
 
         contenders = {
             name: timed(lambda trainer=trainer: slice_of(trainer), images) for name, trainer in trainers.items()
@@ -53,10 +49,6 @@ def main() -> None:
                 f"{torch.get_num_threads()} threads a rank, {trainers['on'].precision}, {options.steps} steps a slice"
             )
             report(title, rates, [Comparison("on", "off", TARGET)], options.json)
-
-
-def make_trainer(world: World, data: DataSet, *arguments: str) -> Trainer:
-    return build_trainer(load_config(arguments, TABLES), world, data, NullCheckpoints(Path("nowhere"), keep=1))
 
 
 if __name__ == "__main__":

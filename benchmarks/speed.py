@@ -15,28 +15,34 @@ contenders take turns in one run:
 
 import contextlib
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from common import Comparison, arguments, fastest, random_cifar10, report, split_of, take_turns
+from common import (
+    Comparison,
+    arguments,
+    fastest,
+    make_trainer,
+    random_cifar10,
+    report,
+    split_of,
+    take_turns,
+    timed,
+    train_on,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.datasets import CIFAR10
 
-from ddp_cifar.checkpoint import NullCheckpoints
-from ddp_cifar.config import load_config
 from ddp_cifar.data.dataset import DataSet
-from ddp_cifar.distributed import World, open_world
+from ddp_cifar.distributed import open_world
 from ddp_cifar.models.cnn import CNN
 from ddp_cifar.optim import build_optimizer
 from ddp_cifar.tracking import NullTracker, build_tracker
-from ddp_cifar.train import TABLES, build_trainer
 from ddp_cifar.trainer import Trainer
 
 TARGET_PLAIN = 2.1
@@ -56,10 +62,16 @@ def main() -> None:
         # the whole benchmark is one epoch, so that no DataLoader starts anew within a slice
         slices = options.rounds + 1
         dataset = random_cifar10(slices * options.steps * options.batch * world.world_size)
-        trainer = make_trainer(world, dataset, options.batch, options.steps)
+        data = DataSet(split_of(dataset), None, tuple("abcdefghij"))
+        sizes = [
+            f"train.global_batch_size={options.batch * world.world_size}",
+            f"train.micro_batch_size={options.batch}",
+        ]
+        # a row of metrics in each slice, which is more often than by default
+        trainer = make_trainer(world, data, *sizes, f"train.log_every={min(options.steps, 20)}")
         plain = {f"plain DDP, workers={workers}": workers for workers in WORKERS}
         runs = {name: plain_ddp(dataset, options.batch, options.steps, workers) for name, workers in plain.items()}
-        runs["ddp_cifar"] = ours(trainer, options.steps)
+        runs["ddp_cifar"] = lambda: train_on(trainer, options.steps)
         runs["ceiling"] = ceiling(trainer, options.batch, options.steps)
 
         images = options.steps * options.batch * world.world_size
@@ -82,20 +94,6 @@ def main() -> None:
             report(title, rates, comparisons, options.json)
 
 
-def timed(run: Steps, images: int) -> Callable[[], float]:
-    """A function that runs a slice of `images` over all ranks and returns its images/s, by the slowest rank's time."""
-
-    def measure() -> float:
-        dist.barrier()
-        started = time.perf_counter()
-        run()
-        seconds = torch.tensor(time.perf_counter() - started)
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)
-        return images / seconds.item()
-
-    return measure
-
-
 def plain_ddp(dataset: CIFAR10, batch: int, steps: int, workers: int) -> Steps:
     """The loop of PyTorch's tutorials on DDP and on training a classifier."""
     model = DistributedDataParallel(CNN())
@@ -114,33 +112,6 @@ def plain_ddp(dataset: CIFAR10, batch: int, steps: int, workers: int) -> Steps:
             loss.backward()
             optimizer.step()
             running_loss += loss.item()
-
-    return run
-
-
-def make_trainer(world: World, dataset: CIFAR10, batch: int, steps: int) -> Trainer:
-    """As the command builds it. There is a row of metrics in each slice, which is more often than by default."""
-    config = load_config(
-        [
-            f"train.global_batch_size={batch * world.world_size}",
-            f"train.micro_batch_size={batch}",
-            f"train.log_every={min(steps, 20)}",
-        ],
-        TABLES,
-    )
-    data = DataSet(split_of(dataset), None, tuple("abcdefghij"))
-    return build_trainer(config, world, data, NullCheckpoints(Path("nowhere"), keep=1))
-
-
-def ours(trainer: Trainer, steps: int) -> Steps:
-    """The trainer, stopped and let go on as if `train.max_steps` had said so.
-
-    So each slice also draws the epoch's order and crops, which in a run happens once an epoch.
-    """
-
-    def run() -> None:
-        trainer.last_step = trainer.progress.step + steps
-        trainer.train_epoch()
 
     return run
 

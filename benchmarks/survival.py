@@ -9,16 +9,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import Comparison, arguments, random_cifar10, report, split_of, take_turns
-from speed import timed
+from common import Comparison, arguments, make_trainer, random_dataset, report, take_turns, timed, train_on
 
 from ddp_cifar.checkpoint import Checkpoints, NullCheckpoints
-from ddp_cifar.config import load_config
-from ddp_cifar.data.dataset import DataSet
-from ddp_cifar.distributed import World, open_world
+from ddp_cifar.distributed import open_world
 from ddp_cifar.heartbeat import Heartbeat
 from ddp_cifar.stopping import Requests
-from ddp_cifar.train import TABLES, build_trainer
 from ddp_cifar.trainer import Trainer
 
 TARGET = 0.98
@@ -33,10 +29,15 @@ def main() -> None:
     with open_world("cpu") as world, contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         images = options.steps * options.batch * world.world_size
-        data = DataSet(split_of(random_cifar10((options.rounds + 1) * images)), None, tuple("abcdefghij"))
-        off = make_trainer(world, data, options.batch, f"train.agree_every={NEVER}", "train.fingerprint_every=null")
+        data = random_dataset((options.rounds + 1) * images)
+        common = [
+            f"train.global_batch_size={options.batch * world.world_size}",
+            f"train.micro_batch_size={options.batch}",
+        ]
+        common += ["train.straggler_factor=null", "checkpoint.every_minutes=null"]
+        off = make_trainer(world, data, *common, f"train.agree_every={NEVER}", "train.fingerprint_every=null")
         off.counter.ledger = None
-        on = make_trainer(world, data, options.batch)
+        on = make_trainer(world, data, *common)
         on.checkpoints = (Checkpoints if world.is_main else NullCheckpoints)(folder, keep=1)
         on.requests = stack.enter_context(Requests(folder if world.is_main else None))
         on.requests.catch_signals()
@@ -47,8 +48,7 @@ def main() -> None:
 
         def slice_of(trainer: Trainer) -> None:
             trainer.save_due = trainer is on
-            trainer.last_step = trainer.progress.step + options.steps
-            trainer.train_epoch()
+            train_on(trainer, options.steps)
 
         contenders = {"on": timed(lambda: slice_of(on), images), "off": timed(lambda: slice_of(off), images)}
         rates = take_turns(contenders, options.rounds)
@@ -58,13 +58,6 @@ def main() -> None:
                 f"{on.precision}, {options.steps} steps and a checkpoint a slice"
             )
             report(title, rates, [Comparison("on", "off", TARGET)], options.json)
-
-
-def make_trainer(world: World, data: DataSet, batch: int, *arguments: str) -> Trainer:
-    sizes = [f"train.global_batch_size={batch * world.world_size}", f"train.micro_batch_size={batch}"]
-    never = ["train.straggler_factor=null", "checkpoint.every_minutes=null"]
-    config = load_config([*sizes, *never, *arguments], TABLES)
-    return build_trainer(config, world, data, NullCheckpoints(Path("nowhere"), keep=1))
 
 
 if __name__ == "__main__":
