@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from launched import TIME_KEYS
 from torch import nn
 
 from ddp_cifar.checkpoint import Checkpoints, NullCheckpoints
@@ -11,6 +12,7 @@ from ddp_cifar.config import Config, load_config
 from ddp_cifar.data.dataset import DataSet, Split
 from ddp_cifar.distributed import World
 from ddp_cifar.models import MODELS
+from ddp_cifar.tracking import NullTracker, Scalars
 from ddp_cifar.train import TABLES, build_trainer
 from ddp_cifar.trainer import Trainer
 
@@ -75,3 +77,18 @@ def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
     """Over two dicts of tensors with the same keys."""
     assert a.keys() == b.keys()
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+
+
+class Rows(NullTracker):
+    """A tracker that keeps its rows, without what depends on time."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.synced: list[int] = []
+        """The step of the last row at each call of `sync`."""
+
+    def log(self, scalars: Scalars, step: int) -> None:
+        self.rows.append({"step": step} | {tag: value for tag, value in scalars.items() if not TIME_KEYS.match(tag)})
+
+    def sync(self) -> None:
+        self.synced.append(self.rows[-1]["step"])

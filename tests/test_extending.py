@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import config_of, make_trainer, random_dataset
+from helpers import Rows, config_of, make_trainer, random_dataset
 from ranks import RankPool
-from test_reproducible import Rows
 from torch import nn
 
 from ddp_cifar.checkpoint import digest, load_checkpoint

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import config_of, make_trainer
-from launched import TIME_KEYS, Result, Run, send
+from helpers import Rows, config_of, make_trainer
+from launched import Result, Run, send
 from ranks import RankPool
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +21,6 @@ from ddp_cifar.data import build_dataset
 from ddp_cifar.data.sampler import check_batch_size
 from ddp_cifar.distributed import World, open_world
 from ddp_cifar.errors import UserError
-from ddp_cifar.tracking import NullTracker, Scalars
 from ddp_cifar.train import set_up_kernels
 from ddp_cifar.tree_sum import TreeReduction, TreeSum
 
@@ -75,16 +74,6 @@ def reduce_gradients(world: World, micro_batches: int, numbers: int) -> list[Ten
 def test_gradients_are_the_trees_sum_whatever_the_buckets(ranks: RankPool, world_size: int, micro_batches: int) -> None:
     for summed, expected in ranks.run(reduce_gradients, world_size, micro_batches, 1003):
         assert torch.equal(summed, expected)
-
-
-class Rows(NullTracker):
-    """Keeps what is logged, but for times."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def log(self, scalars: Scalars, step: int) -> None:
-        self.rows.append({"step": step} | {tag: value for tag, value in scalars.items() if not TIME_KEYS.match(tag)})
 
 
 CNN = (

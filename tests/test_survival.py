@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Tiny, config_of, make_trainer, random_dataset
-from launched import TIME_KEYS, wait_until
+from helpers import Rows, Tiny, config_of, make_trainer, random_dataset
+from launched import wait_until
 from ranks import RankPool
 from torch import Tensor, nn
 
@@ -47,27 +47,6 @@ Row = dict[str, Any]
 
 def small_data(train: int = 70) -> DataSet:
     return random_dataset(train, test=20, val=0, image_size=8)
-
-
-class Rows:
-    """A tracker that keeps its rows, without what depends on time."""
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-        self.synced: list[int] = []
-        """The step of the last row at each call of `sync`."""
-
-    def log(self, scalars: Any, step: int) -> None:
-        self.rows.append({"step": step} | {key: value for key, value in scalars.items() if not TIME_KEYS.match(key)})
-
-    def log_text(self, tag: str, text: str, step: int) -> None:
-        pass
-
-    def sync(self) -> None:
-        self.synced.append(self.rows[-1]["step"])
-
-    def close(self) -> None:
-        pass
 
 
 class AskedAt(Requests):
