@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -75,6 +75,21 @@ def leave(message: str) -> NoReturn:
 def _flush() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """The body writes the file that the user has named. Raises `UserError` if it cannot."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another file") from error
+    log.info(f"wrote {path}")
+
+
+def percent(share: float | None) -> str:
+    """A share of 0 to 1 as a table has it."""
+    return "-" if share is None else f"{100 * share:.2f}%"
 
 
 def record_error(message: str, details: str = "") -> None:

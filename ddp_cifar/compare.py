@@ -15,10 +15,9 @@ from typing import Any
 
 import yaml
 
-from ddp_cifar.command import Arguments, run_command
+from ddp_cifar.command import Arguments, percent, run_command, writing
 from ddp_cifar.config import flatten
 from ddp_cifar.errors import UserError
-from ddp_cifar.log import log
 from ddp_cifar.run_dir import RunDir
 
 ELSEWHERE = ("run_dir", "resume", "device", "backend", "data.root", "data.cache", "checkpoint.", "tracking.")
@@ -94,15 +93,12 @@ def main(argv: Sequence[str]) -> int:
     print(_table(runs))
     for line in [*_over_seeds(runs), *_partings(runs)]:
         print(line)
-    try:
-        if options.json:
+    if options.json:
+        with writing(options.json):
             options.json.write_text(json.dumps([_summary(run) for run in runs], indent=1) + "\n", encoding="utf-8")
-            log.info(f"wrote {options.json}")
-        if options.png:
+    if options.png:
+        with writing(options.png):
             draw_curves(runs, options.png)
-            log.info(f"wrote {options.png}")
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename} ({error.strerror}): choose another file") from error
     return 0
 
 
@@ -131,13 +127,9 @@ def _table(runs: Sequence[Run]) -> str:
         speed = "-" if row["images_per_s"] is None else f"{row['images_per_s']:,.0f}"
         lines.append(
             f"{row['run_dir']:<{width}} {row['status'].split(':')[0]:<9} {row['seed']!s:>6} {row['epoch']:>6} {row['step']:>8} "
-            f"{_percent(row['accuracy']):>9} {_percent(row['best_accuracy']):>9} {speed:>9}"
+            f"{percent(row['accuracy']):>9} {percent(row['best_accuracy']):>9} {speed:>9}"
         )
     return "\n".join(lines)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}%"
 
 
 def _over_seeds(runs: Sequence[Run]) -> list[str]:
@@ -156,8 +148,8 @@ def _over_seeds(runs: Sequence[Run]) -> list[str]:
         accuracies = [run.accuracy for run in by_seed.values() if run.accuracy is not None]
         mean, std = statistics.mean(accuracies), statistics.stdev(accuracies)
         lines.append(
-            f"over {len(by_seed)} seeds ({', '.join(str(seed) for seed in by_seed)}): accuracy {_percent(mean)}, "
-            f"standard deviation {_percent(std)}"
+            f"over {len(by_seed)} seeds ({', '.join(str(seed) for seed in by_seed)}): accuracy {percent(mean)}, "
+            f"standard deviation {percent(std)}"
         )
     return lines
 

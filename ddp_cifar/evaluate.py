@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddp_cifar.command import Arguments, run_command
+from ddp_cifar.command import Arguments, percent, run_command, writing
 from ddp_cifar.config import load_config
 from ddp_cifar.data import build_dataset
 from ddp_cifar.data.loader import EvalLoader
 from ddp_cifar.distributed import open_world
 from ddp_cifar.errors import UserError
-from ddp_cifar.inference import Quality, check_classes, read_trained, split_logits, trained_model
-from ddp_cifar.log import log
+from ddp_cifar.inference import Quality, check_classes, forward_pass, read_trained, split_logits, trained_model
 from ddp_cifar.train import TABLES, pick_precision
 
 
@@ -34,20 +33,19 @@ def main(argv: Sequence[str]) -> int:
     loaded = read_trained(options.checkpoint)
     config = load_config(options.overrides, TABLES, base=loaded.state["config"])
     with open_world(config.device, config.backend) as world:
-        dataset = build_dataset(config.data, world).to(world.device)
+        dataset = build_dataset(config.data, world)
         check_classes(loaded, dataset.classes, config.data.name)
         split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
         if split is None:
             raise UserError(f"--split {options.split}, but there are no such images in data.name={config.data.name}")
         model = trained_model(loaded, config, len(dataset.classes), split.image_size, world.device)
         precision = pick_precision(config.precision, world)
-        loader = EvalLoader(split, config.train.channels_last)
-        logits, totals = split_logits(
-            model, loader, len(dataset.classes), world, config, precision, mirror=options.mirror
-        )
+        loader = EvalLoader(split.to(world.device), config.train.channels_last)
+        forward = forward_pass(model, precision, world.device, mirror=options.mirror)
+        logits, totals = split_logits(forward, loader, len(dataset.classes), world, config.eval.batch_size)
         if totals.images != len(split):
             raise UserError(f"the evaluation counted {totals.images} images of {len(split)}")
-        quality = Quality.of(logits, split.labels.cpu())
+        quality = Quality.of(logits, split.labels)
 
         def tell() -> None:
             """On rank 0."""
@@ -66,31 +64,22 @@ def main(argv: Sequence[str]) -> int:
             result |= quality.as_dict(dataset.classes)
             print(_table(result), flush=True)
             if options.json:
-                _write(options.json, lambda: options.json.write_text(json.dumps(result, indent=1) + "\n"))
+                with writing(options.json):
+                    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             if options.png:
-                _write(options.png, lambda: draw_confusion(quality, dataset.classes, options.png))
+                with writing(options.png):
+                    draw_confusion(quality, dataset.classes, options.png)
 
         world.on_main(tell)
     return 0
 
 
-def _write(path: Path, write: Any) -> None:
-    try:
-        write()
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another file") from error
-    log.info(f"wrote {path}")
-
-
 def _table(result: dict[str, Any]) -> str:
-    def percent(value: float | None) -> str:
-        return "      -" if value is None else f"{100 * value:6.2f}%"
-
     width = max(len("class"), *(len(row["name"]) for row in result["classes"]))
     lines = [
         f"{result['checkpoint']} (epoch {result['epoch']}, step {result['step']}), {result['split']}: {result['images']} images",
-        f"loss {result['loss']:.4f}, accuracy {percent(result['accuracy']).strip()}, "
-        f"top-5 {percent(result['top5_accuracy']).strip()}, calibration error {percent(result['calibration_error']).strip()}",
+        f"loss {result['loss']:.4f}, accuracy {percent(result['accuracy'])}, "
+        f"top-5 {percent(result['top5_accuracy'])}, calibration error {percent(result['calibration_error'])}",
         "",
         f"{'class':<{width}} {'images':>7} {'precision':>9} {'recall':>7}  most often taken for",
     ]

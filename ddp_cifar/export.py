@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ddp_cifar.command import Arguments, run_command
 from ddp_cifar.config import load_config
 from ddp_cifar.data import build_dataset
-from ddp_cifar.data.augment import MEAN, STD, normalize
+from ddp_cifar.data.augment import channel_scale_and_shift, normalize
 from ddp_cifar.data.dataset import Split
 from ddp_cifar.distributed import open_world
 from ddp_cifar.errors import UserError
@@ -44,9 +44,9 @@ class Exported(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        mean, std = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
-        self.register_buffer("scale", (1 / (255 * std)).float().view(1, 3, 1, 1))
-        self.register_buffer("shift", (-mean / std).float().view(1, 3, 1, 1))
+        scale, shift = channel_scale_and_shift()
+        self.register_buffer("scale", scale.view(1, 3, 1, 1))
+        self.register_buffer("shift", shift.view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(images.to(torch.float32) * self.scale + self.shift)

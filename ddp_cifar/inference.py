@@ -1,6 +1,6 @@
 """A trained network put to use: its logits for a whole split, over ranks, and what they say about it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from ddp_cifar.distributed import World
 from ddp_cifar.errors import UserError
 from ddp_cifar.metrics import Counter, Totals
 from ddp_cifar.models import build_model
+
+Forward = Callable[[Tensor], Tensor]
+"""(B, 3, S, S) float32 images, normalised -> (B, classes) float32 logits."""
 
 CALIBRATION_BINS = 15  # as in Guo et al., On Calibration of Modern Neural Networks (ICML 2017)
 
@@ -61,29 +64,54 @@ def mirrored_mean(model: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
+def forward_pass(model: nn.Module, precision: str, device: torch.device, *, mirror: bool = False) -> Forward:
+    """The model as a function, in `precision`; with `mirror`, averaged over each image and its mirror image."""
+
+    @torch.inference_mode()
+    def forward(images: Tensor) -> Tensor:
+        with autocast(precision, device):
+            logits: Tensor = mirrored_mean(model, images) if mirror else model(images).float()
+        return logits
+
+    return forward
+
+
+def count_batches(
+    forward: Forward,
+    loader: EvalLoader,
+    counter: Counter,
+    world: World,
+    batch_size: int,
+    augmentations: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor] | None]:
+    """Evaluate this rank's batches of a split, one a turn, and count losses and correct predictions.
+
+    Gives each batch's places in the split (B,) and its logits (B, classes), and None in a turn that has no batch for this rank:
+    every rank has as many turns.
+    """
+    for batch in loader.evaluation_batches(world, batch_size, augmentations):
+        if batch is None:
+            yield None
+            continue
+        logits = forward(batch.images)
+        counter.add(F.cross_entropy(logits, batch.labels, reduction="none"), logits, batch.labels)
+        yield batch.indices, logits
+
+
 @torch.inference_mode()
 def split_logits(
-    model: nn.Module,
-    loader: EvalLoader,
-    num_classes: int,
-    world: World,
-    config: Config,
-    precision: str,
-    *,
-    mirror: bool,
+    forward: Forward, loader: EvalLoader, num_classes: int, world: World, batch_size: int
 ) -> tuple[Tensor, Totals]:
     """(N, classes) float32 logits of a split's images in their order, on the CPU of every rank; and loss and accuracy.
 
-    In the Trainer's own batches and precision, so that they are those of its evaluation. Every rank must call it.
+    Every rank must call it.
     """
     counter = Counter(world.device)
     logits = torch.zeros(len(loader), num_classes, device=world.device)
-    for batch in loader.evaluation_batches(world, config.eval.batch_size):
-        if batch:
-            with autocast(precision, world.device):
-                found = mirrored_mean(model, batch.images) if mirror else model(batch.images).float()
-            counter.add(F.cross_entropy(found, batch.labels, reduction="none"), found, batch.labels)
-            logits[batch.indices.to(world.device)] = found
+    for found in count_batches(forward, loader, counter, world, batch_size):
+        if found:
+            indices, own = found
+            logits[indices.to(world.device)] = own
     totals = counter.reduce(world)
     # each row is zero on all ranks but one, so that the sum is exact
     return world.sum(logits).cpu(), totals

@@ -5,7 +5,6 @@ are brought to the network's as data.name=imagefolder does. Of a folder all imag
 file that is no image has its error in its row and a warning, and the others go on.
 """
 
-import contextlib
 import csv
 import json
 import sys
@@ -14,15 +13,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ddp_cifar.command import Arguments, run_command
-from ddp_cifar.config import Config, load_config
+from ddp_cifar.command import Arguments, run_command, writing
+from ddp_cifar.config import load_config
 from ddp_cifar.data.augment import normalize
 from ddp_cifar.data.decode import SUFFIXES, ReadError, decode_all
-from ddp_cifar.distributed import World, open_world
+from ddp_cifar.distributed import open_world
 from ddp_cifar.errors import UserError
-from ddp_cifar.inference import autocast, mirrored_mean, read_trained, trained_model
+from ddp_cifar.inference import forward_pass, read_trained, trained_model
 from ddp_cifar.log import log
 from ddp_cifar.train import TABLES, pick_precision
 
@@ -55,12 +54,16 @@ def main(argv: Sequence[str]) -> int:
     with open_world(config.device, config.backend) as world:
         model = trained_model(loaded, config, len(classes), image_size, world.device)
         precision = pick_precision(config.precision, world)
+        forward = forward_pass(model, precision, world.device, mirror=options.mirror)
+        memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         batches = [files[start : start + options.batch_size] for start in range(0, len(files), options.batch_size)]
         own: list[list[Row]] = []
         for batch in batches[world.rank :: world.world_size]:
-            own.append(
-                predict_batch(model, batch, classes, image_size, world, config, precision, mirror=options.mirror)
-            )
+            rows, images = read_batch(batch, image_size)
+            good = [row for row in rows if "error" not in row]
+            if good:
+                name_classes(good, forward(normalize(images.to(world.device), memory_format)), classes)
+            own.append(rows)
         everyone = world.gather_objects(own)
         rows = [row for i in range(len(batches)) for row in everyone[i % world.world_size][i // world.world_size]]
 
@@ -71,7 +74,13 @@ def main(argv: Sequence[str]) -> int:
                     log.warning(f"{row['file']} is left out: {row['error']}")
             if all("error" in row for row in rows):
                 raise UserError(f"none of the {len(rows)} files is an image that can be read")
-            with open_output(options.output) as output:
+            if options.output is None:
+                write_rows(sys.stdout, rows, classes, options.format)
+                return
+            with (
+                writing(options.output),
+                open(options.output, "w", newline="", encoding="utf-8", errors="surrogateescape") as output,
+            ):
                 write_rows(output, rows, classes, options.format)
 
         world.on_main(tell)
@@ -92,57 +101,28 @@ def find_images(paths: Sequence[Path]) -> Iterator[Path]:
             raise UserError(f"there is no {path}: expected an image or a folder of images")
 
 
-@torch.inference_mode()
-def predict_batch(
-    model: nn.Module,
-    files: Sequence[Path],
-    classes: Sequence[str],
-    image_size: int,
-    world: World,
-    config: Config,
-    precision: str,
-    *,
-    mirror: bool,
-) -> list[Row]:
-    """A row for each file."""
+def read_batch(files: Sequence[Path], image_size: int) -> tuple[list[Row], Tensor]:
+    """A row for each file, with an `error` where it is no image; and the others' pixels, (B, 3, S, S) uint8."""
     rows: list[Row] = [{"file": str(path)} for path in files]
-    good: list[Row] = []
-    pixels: list[Tensor] = []
+    pixels = bytearray()
     try:
         for row, found in zip(rows, decode_all(files, image_size, num_workers=torch.get_num_threads()), strict=True):
             if isinstance(found, str):
                 row["error"] = found
             else:
-                good.append(row)
-                pixels.append(torch.frombuffer(bytearray(found), dtype=torch.uint8))
+                pixels += found
     except ReadError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror})") from error
-    if not pixels:
-        return rows
-    images = torch.stack(pixels).view(-1, image_size, image_size, 3).permute(0, 3, 1, 2).to(world.device)
-    channels_last = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    with autocast(precision, world.device):
-        batch = normalize(images, channels_last)
-        logits = mirrored_mean(model, batch) if mirror else model(batch).float()
-    for row, shares in zip(good, logits.double().softmax(1).tolist(), strict=True):
+    flat = torch.frombuffer(pixels, dtype=torch.uint8) if pixels else torch.empty(0, dtype=torch.uint8)
+    return rows, flat.view(-1, image_size, image_size, 3).permute(0, 3, 1, 2)
+
+
+def name_classes(rows: Sequence[Row], logits: Tensor, classes: Sequence[str]) -> None:
+    """Put the class and the probabilities of (B, classes) logits into their rows."""
+    for row, shares in zip(rows, logits.double().softmax(1).tolist(), strict=True):
         likeliest = max(range(len(classes)), key=shares.__getitem__)
         row["class"] = classes[likeliest]
         row["probabilities"] = dict(zip(classes, shares, strict=True))
-    return rows
-
-
-@contextlib.contextmanager
-def open_output(path: Path | None) -> Iterator[IO[str]]:
-    """The file, or the terminal. Raises `UserError` if it cannot be written."""
-    if path is None:
-        yield sys.stdout
-        return
-    try:
-        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another file") from error
-    log.info(f"wrote {path}")
 
 
 def write_rows(output: IO[str], rows: Sequence[Row], classes: Sequence[str], form: str) -> None:

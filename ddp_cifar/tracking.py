@@ -33,7 +33,10 @@ class Tracker(Protocol):
 
 
 class NullTracker:
-    """Keeps nothing: every rank but 0 has one, so that the loop need not ask which rank it is on."""
+    """Keeps nothing: every rank but 0 has one, so that the loop need not ask which rank it is on.
+
+    Others are made of it: what they do not take goes nowhere.
+    """
 
     def log(self, scalars: Scalars, step: int) -> None:
         pass
@@ -48,7 +51,7 @@ class NullTracker:
         pass
 
 
-class JsonLinesTracker:
+class JsonLinesTracker(NullTracker):
     """A JSON object a row: `step`, then the scalars. A number that JSON cannot hold (nan, inf) is null.
 
     What cannot be written, as on a full disk, is kept and written as soon as it can be.
@@ -62,9 +65,6 @@ class JsonLinesTracker:
     def log(self, scalars: Scalars, step: int) -> None:
         row = {tag: None if _is_no_json(value) else value for tag, value in scalars.items()}
         self._write((json.dumps({"step": step} | row) + "\n").encode())
-
-    def log_text(self, tag: str, text: str, step: int) -> None:
-        pass
 
     def sync(self) -> None:
         self._write()
@@ -153,7 +153,7 @@ class _All:
                 log.warning(f"{type(tracker).__name__} could not write ({error.strerror}); training goes on")
 
 
-class OwnTracker:
+class OwnTracker(NullTracker):
     """A tracker of the user's own, which has `log(scalars, step)` and `close()`. Where it fails, a warning says so."""
 
     def __init__(self, name: str, tracker: Any) -> None:
@@ -169,12 +169,6 @@ class OwnTracker:
         self._try(
             lambda: self.tracker.log({tag: value for tag, value in scalars.items() if not isinstance(value, str)}, step)
         )
-
-    def log_text(self, tag: str, text: str, step: int) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
 
     def close(self) -> None:
         self._try(self.tracker.close)

@@ -22,7 +22,7 @@ from ddp_cifar.config import Config, Tables, TrainConfig, load_config, to_yaml
 from ddp_cifar.data import DATASETS, build_dataset
 from ddp_cifar.data.dataset import DataSet
 from ddp_cifar.data.loader import EvalLoader, TrainLoader
-from ddp_cifar.data.sampler import StepSampler, check_batch_size, plan_batches
+from ddp_cifar.data.sampler import StepSampler, check_batch_size, plan_batches, reproducible_world_sizes
 from ddp_cifar.distributed import World, bf16_is_native, is_lost_peer, open_world, place_from_environment
 from ddp_cifar.errors import UserError
 from ddp_cifar.heartbeat import Heartbeat, read_sign
@@ -151,7 +151,7 @@ def set_up_kernels(train: TrainConfig, world: World) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a search for bugs, and slow
     if train.reproducible:
         count = check_batch_size(train, world.world_size)
-        sizes = ", ".join(str(2**i) for i in range(count.bit_length()))
+        sizes = ", ".join(map(str, reproducible_world_sizes(count)))
         fixed = f"{_threads()} a rank" if on_cpu else "no choice of cuDNN kernels by trial"
         log.info(
             f"reproducible: the same bits on {sizes} ranks; sums over {count} micro-batches in a fixed tree, deterministic "

@@ -32,7 +32,7 @@ from ddp_cifar.distributed import World
 from ddp_cifar.errors import RunError, UserError
 from ddp_cifar.fingerprint import fingerprint
 from ddp_cifar.heartbeat import Heartbeat, NullHeartbeat
-from ddp_cifar.inference import autocast
+from ddp_cifar.inference import autocast, count_batches, forward_pass
 from ddp_cifar.log import log
 from ddp_cifar.metrics import Counter, PhaseTimer, Span, Totals, ledger_numbers
 from ddp_cifar.optim import Schedule, load_optimizer_state
@@ -513,12 +513,9 @@ class Trainer:
             augmentations = loader.augmentations(self.progress.epoch, purpose="augment for the training accuracy")
         model = self.ema.module if self.ema else self.model
         model.eval()
+        forward = forward_pass(model, self.precision, self.world.device)
         counter = Counter(self.world.device)
-        for batch in loader.evaluation_batches(self.world, self.config.eval.batch_size, augmentations):
-            if batch:
-                with self.autocast():
-                    logits = model(batch.images).float()
-                counter.add(F.cross_entropy(logits, batch.labels, reduction="none"), logits, batch.labels)
+        for _ in count_batches(forward, loader, counter, self.world, self.config.eval.batch_size, augmentations):
             self.poll()
         totals = counter.reduce(self.world)
         if totals.images != len(loader):

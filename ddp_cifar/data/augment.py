@@ -63,6 +63,10 @@ def normalize(images: Tensor, memory_format: torch.memory_format = torch.contigu
 @functools.cache
 def _scale_and_shift(num_pixels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Factor and summand of every number of an image: as broadcasts over three channels they would take twice as long."""
+    return tuple(t.repeat(num_pixels).to(device) for t in channel_scale_and_shift())  # type: ignore[return-value]
+
+
+def channel_scale_and_shift() -> tuple[Tensor, Tensor]:
+    """(3,) float32 each: pixel x scale + shift is (pixel / 255 - MEAN) / STD."""
     mean, std = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
-    scale, shift = 1 / (255 * std), -mean / std
-    return tuple(t.float().repeat(num_pixels).to(device) for t in (scale, shift))  # type: ignore[return-value]
+    return (1 / (255 * std)).float(), (-mean / std).float()

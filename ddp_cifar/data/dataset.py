@@ -43,6 +43,10 @@ class Split:
         channels_last = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return Split(channels_last, labels.long(), torch.arange(len(labels)))
 
+    def to(self, device: torch.device) -> "Split":
+        """The same on a device."""
+        return Split(self.images.to(device), self.labels.to(device), self.sample_ids.to(device))
+
     def take(self, indices: Tensor) -> "Split":
         """The part of the split that `indices` (K,) picks, over the same tensor of images."""
         return Split(self.images, self.labels[indices], self.sample_ids[indices])

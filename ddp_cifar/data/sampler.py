@@ -85,13 +85,17 @@ def _check_reproducible(size: int, micro: int | None, world_size: int) -> int:
             f"train.micro_batch_size={micro} = {size / micro:g}: use train.micro_batch_size="
             f"{', '.join(str(size // n) for n in whole)}, or another train.global_batch_size"
         )
-    if world_size > count or not is_power_of_two(world_size):
-        fit = [2**i for i in range(count.bit_length())]
+    if world_size not in (sizes := reproducible_world_sizes(count)):
         raise UserError(
-            f"train.reproducible=true with {count} micro-batches a step serves {', '.join(map(str, fit))} ranks, found "
+            f"train.reproducible=true with {count} micro-batches a step serves {', '.join(map(str, sizes))} ranks, found "
             f"{world_size}: use one of these, or another train.micro_batch_size"
         )
     return count
+
+
+def reproducible_world_sizes(num_micro_batches: int) -> list[int]:
+    """The numbers of ranks over which `num_micro_batches`, a power of two, split into subtrees."""
+    return [2**i for i in range(num_micro_batches.bit_length())]
 
 
 def plan_batches(train: TrainConfig, world_size: int, num_images: int) -> BatchPlan:
