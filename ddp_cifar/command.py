@@ -87,6 +87,20 @@ def writing(path: Path) -> Iterator[None]:
     log.info(f"wrote {path}")
 
 
+def show(text: str) -> None:
+    """Print on the terminal, whatever is in the names of files; a reader that has gone, such as `head`, has seen enough."""
+    sys.stdout.flush()
+    output = getattr(sys.stdout, "buffer", None)
+    try:
+        if output is None:
+            print(text, flush=True)
+        else:
+            output.write(f"{text}\n".encode(sys.stdout.encoding, "surrogateescape"))
+            output.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail again
+
+
 def percent(share: float | None) -> str:
     """A share of 0 to 1 as a table has it."""
     return "-" if share is None else f"{100 * share:.2f}%"

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ddp_cifar.command import Arguments, percent, run_command, writing
+from ddp_cifar.command import Arguments, percent, run_command, show, writing
 from ddp_cifar.config import flatten
 from ddp_cifar.errors import UserError
 from ddp_cifar.run_dir import RunDir
@@ -69,9 +69,11 @@ class Run:
 
     @property
     def images_per_s(self) -> float | None:
-        """The median over rows."""
-        speeds = [row["train/images_per_s"] for row in self.rows if row.get("train/images_per_s")]
-        return statistics.median(speeds) if speeds else None
+        """The median over rows; of a run too short to have some, over epochs."""
+        for tag in ("train/images_per_s", "train/epoch_images_per_s"):
+            if speeds := [row[tag] for row in self.rows if row.get(tag)]:
+                return statistics.median(speeds)
+        return None
 
     def seconds(self) -> list[float]:
         """Of each evaluation: training and evaluating since the run's start, as far as rows tell."""
@@ -90,9 +92,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--png", type=Path, help="draw accuracy against steps, time and images into this file")
     options = parser.parse_intermixed_args(argv)
     runs = [Run.read(path) for path in options.run_dirs]
-    print(_table(runs))
-    for line in [*_over_seeds(runs), *_partings(runs)]:
-        print(line)
+    show("\n".join([_table(runs), *_over_seeds(runs), *_partings(runs)]))
     if options.json:
         with writing(options.json):
             options.json.write_text(json.dumps([_summary(run) for run in runs], indent=1) + "\n", encoding="utf-8")
@@ -195,7 +195,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
     by_steps.legend(fontsize=8)
     for axes in (by_steps, by_time, by_images):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import difflib
 import functools
 import inspect
 import math
+import re
 import sys
 import textwrap
 import typing
@@ -320,12 +321,11 @@ def load_config(argv: Sequence[str], tables: Tables, base: Mapping[str, Any] | N
 
     layers = []
     if base is not None:
-        known = [name for name, *_ in fields()]
-        values = {key: value for key, value in flatten(base).items() if key in known or _is_free(key)}
-        layers.append(("the checkpoint's ", values))
+        known = {name for name, *_ in fields()}
+        layers.append(("the checkpoint's ", {key: value for key, value in flatten(base).items() if key in known}))
     if files:
         layers.append(("", {"run_dir": f"runs/{Path(files[0]).stem}"}))
-        layers.append((f"{files[0]}: ", dict(_flatten(_read_yaml(files[0]), files[0]))))
+        layers.append((f"{files[0]}: ", dict(_flatten(*_read_yaml(files[0]), files[0]))))
     layers.append(("", dict(_read_argument(arg) for arg in arguments if "=" in arg)))
 
     merged: Any = OmegaConf.structured(Config)
@@ -336,7 +336,7 @@ def load_config(argv: Sequence[str], tables: Tables, base: Mapping[str, Any] | N
                 raise UserError(f"{source}{key}=??? has no value: set one, or leave the key out")
             try:
                 merged = OmegaConf.merge(merged, _nest(key, value))
-            except (OmegaConfBaseException, ValueError) as error:
+            except (OmegaConfBaseException, ValueError, TypeError) as error:
                 _refuse_value(key, value, source, error)
     try:
         config = OmegaConf.to_object(merged)
@@ -359,7 +359,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The config as a YAML file that `load_config` takes."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return yaml.dump(to_dict(config), Dumper=_ValueDumper, sort_keys=False)
 
 
 def get(config: Config, key: str) -> Any:
@@ -371,10 +371,11 @@ def get(config: Config, key: str) -> Any:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict of dotted keys."""
+    """Nested dicts as one dict of dotted keys; a section that takes any key, such as `model.args`, is one value."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        is_section = isinstance(value, Mapping) and prefix + name not in _free_sections()
+        flat |= flatten(value, f"{prefix}{name}.") if is_section else {prefix + name: value}
     return flat
 
 
@@ -383,15 +384,24 @@ def _nest(key: str, value: object) -> dict[str, Any]:
     return {first: _nest(rest, value) if rest else value}
 
 
-def fields(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, object, str]]:
+@functools.cache
+def fields(cls: type = Config, prefix: str = "") -> tuple[tuple[str, Any, object, str], ...]:
     """(dotted key, type, default, docstring) of every setting, in the order of declaration."""
     types, docs = typing.get_type_hints(cls), _field_docs(cls)
     default = cls()
+    found: list[tuple[str, Any, object, str]] = []
     for f in dataclasses.fields(cls):
         if dataclasses.is_dataclass(types[f.name]):
-            yield from fields(types[f.name], f"{prefix}{f.name}.")
+            found += fields(types[f.name], f"{prefix}{f.name}.")
         else:
-            yield prefix + f.name, types[f.name], getattr(default, f.name), docs[f.name]
+            found.append((prefix + f.name, types[f.name], getattr(default, f.name), docs[f.name]))
+    return tuple(found)
+
+
+@functools.cache
+def _free_sections() -> frozenset[str]:
+    """Sections that take any key, such as `model.args`."""
+    return frozenset(name for name, kind, *_ in fields() if typing.get_origin(kind) is dict)
 
 
 def help_text(tables: Tables) -> str:
@@ -424,7 +434,6 @@ def _type_name(annotation: Any) -> str:
     return f"{options[0].__name__} or null" if options else str(annotation.__name__)
 
 
-@functools.cache
 def _field_docs(cls: type) -> dict[str, str]:
     """The string under each field of a dataclass, which Python itself throws away."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
@@ -449,7 +458,7 @@ def _read_argument(argument: str) -> tuple[str, Any]:
     if _is_text(key):
         return key, text
     try:
-        return key, yaml.safe_load(text) if not _is_float(text) else float(text)
+        return key, yaml.load(text, Loader=_ValueLoader) if not _is_float(text) else float(text)
     except yaml.YAMLError as error:
         raise UserError(f"cannot read the value of {argument!r}: {_first_line(error)}") from error
 
@@ -463,15 +472,15 @@ def _is_float(text: str) -> bool:
     return any(c in text for c in ".eE") or text.lower().lstrip("+-") in ("nan", "inf")
 
 
-def _read_yaml(path: str) -> Any:
-    """A YAML file as nested dicts whose leaves are still text, to be read by the type of their key."""
+def _read_yaml(path: str) -> tuple[Any, Any]:
+    """A YAML file as nested dicts whose leaves are still text, to be read by the type of their key; and with them read."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"cannot read the config file {path}: {reason}") from error
     try:
-        return yaml.load(text, Loader=_TextLoader)
+        return yaml.load(text, Loader=_TextLoader), yaml.load(text, Loader=_ValueLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {_first_line(error)}") from error
 
@@ -487,28 +496,45 @@ class _TextLoader(yaml.BaseLoader):
         return typing.cast(dict[Any, Any], super().construct_mapping(node, deep))
 
 
-def _flatten(values: Any, path: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+class _ValueLoader(yaml.SafeLoader):
+    """YAML with values read by their looks, as 1.1 has it; but 1e-3 is a number, and 2026-11-24 is text."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Keys stay as they stand in the file: `<<` is refused."""
+
+
+class _ValueDumper(yaml.SafeDumper):
+    """Quotes what `_ValueLoader` would take for something else."""
+
+
+_ValueLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _each in (_ValueLoader, _ValueDumper):
+    _each.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+    )
+
+
+def _flatten(texts: Any, values: Any, path: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and typed values of a file that `_read_yaml` has read. An empty file, or section, sets nothing."""
-    if values in (None, ""):
+    if texts in (None, ""):
         return
-    if not isinstance(values, dict):
+    if not isinstance(texts, dict):
         where = f"{prefix[:-1]} in {path}" if prefix else path
         raise UserError(f"{where} holds no keys: expected lines of the form key: value")
     sections = {key.rpartition(".")[0] for key, *_ in fields()}
-    for name, value in values.items():
-        if isinstance(value, dict) or prefix + name in sections:
-            yield from _flatten(value, path, f"{prefix}{name}.")
-        elif isinstance(value, str):
-            yield _read_argument(f"{prefix}{name}={value}")
-        elif isinstance(value, list) and _is_free(prefix + name):
-            yield _read_argument(f"{prefix}{name}={_as_flow(value)}")
+    for (name, text), value in zip(texts.items(), values.values(), strict=False):
+        if prefix + name in _free_sections():
+            if value is not None:
+                yield prefix + name, value
+        elif isinstance(text, dict) or prefix + name in sections:
+            yield from _flatten(text, value, path, f"{prefix}{name}.")
+        elif isinstance(text, str):
+            yield _read_argument(f"{prefix}{name}={text}")
         else:
-            yield prefix + name, value
-
-
-def _as_flow(value: Any) -> str:
-    """A list of scalars that are still text, as one would type it in an argument."""
-    return f"[{', '.join(map(_as_flow, value))}]" if isinstance(value, list) else str(value)
+            yield prefix + name, text
 
 
 def _first_line(error: Exception) -> str:
@@ -519,7 +545,7 @@ def _first_line(error: Exception) -> str:
 
 def _is_free(key: str) -> bool:
     """True for what is in a section that takes any key, such as `model.args.width`."""
-    return any(typing.get_origin(kind) is dict and key.startswith(f"{name}.") for name, kind, *_ in fields())
+    return any(key.startswith(f"{name}.") for name in _free_sections())
 
 
 def _check_key(key: str, value: object, source: str) -> None:

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddp_cifar.command import Arguments, percent, run_command, writing
-from ddp_cifar.config import load_config
-from ddp_cifar.data import build_dataset
+from ddp_cifar.command import Arguments, percent, run_command, show, writing
+from ddp_cifar.config import Tables
+from ddp_cifar.data import DATASETS, build_dataset
 from ddp_cifar.data.loader import EvalLoader
-from ddp_cifar.distributed import open_world
 from ddp_cifar.errors import UserError
-from ddp_cifar.inference import Quality, check_classes, forward_pass, read_trained, split_logits, trained_model
-from ddp_cifar.train import TABLES, pick_precision
+from ddp_cifar.inference import Quality, check_classes, forward_pass, open_trained, split_logits, trained_model
+from ddp_cifar.models import MODELS
+from ddp_cifar.precision import pick_precision
+
+TABLES: Tables = {"data.name": DATASETS, "model.name": MODELS}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,14 +32,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--png", type=Path, help="draw the confusion matrix into this file")
     options = parser.parse_intermixed_args(argv)
 
-    loaded = read_trained(options.checkpoint)
-    config = load_config(options.overrides, TABLES, base=loaded.state["config"])
-    with open_world(config.device, config.backend) as world:
+    with open_trained(options.checkpoint, options.overrides, TABLES) as (world, loaded, config):
         dataset = build_dataset(config.data, world)
         check_classes(loaded, dataset.classes, config.data.name)
         split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
         if split is None:
             raise UserError(f"--split {options.split}, but there are no such images in data.name={config.data.name}")
+        trained_on = loaded.state["progress"].get("data", "")  # older checkpoints do not say it
+        if options.split == "val" and trained_on and dataset.describe() != trained_on:
+            raise UserError(
+                f"--split val would be other images than those held out in training, which had {trained_on}; now "
+                f"{dataset.describe()}: leave data.val_images and the data as they were"
+            )
         model = trained_model(loaded, config, len(dataset.classes), split.image_size, world.device)
         precision = pick_precision(config.precision, world)
         loader = EvalLoader(split.to(world.device), config.train.channels_last)
@@ -62,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
                 "accuracy": totals.accuracy,
             }
             result |= quality.as_dict(dataset.classes)
-            print(_table(result), flush=True)
+            show(_table(result))
             if options.json:
                 with writing(options.json):
                     options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -117,7 +123,7 @@ def draw_confusion(quality: Quality, classes: tuple[str, ...], path: Path) -> No
                     axes.text(
                         j, i, str(count), ha="center", va="center", fontsize=8, color="white" if dark else "black"
                     )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 if __name__ == "__main__":

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from ddp_cifar.command import Arguments, run_command
-from ddp_cifar.config import load_config
-from ddp_cifar.data import build_dataset
+from ddp_cifar.config import Tables
+from ddp_cifar.data import DATASETS, build_dataset
 from ddp_cifar.data.augment import channel_scale_and_shift, normalize
 from ddp_cifar.data.dataset import Split
-from ddp_cifar.distributed import open_world
 from ddp_cifar.errors import UserError
-from ddp_cifar.inference import check_classes, read_trained, trained_model
+from ddp_cifar.inference import check_classes, open_trained, trained_model
 from ddp_cifar.log import log
-from ddp_cifar.train import TABLES
+from ddp_cifar.models import MODELS
+
+TABLES: Tables = {"data.name": DATASETS, "model.name": MODELS}
 
 TOLERANCE = 1e-4
 """Largest difference of a logit that another runtime's rounding explains."""
@@ -68,11 +69,8 @@ def main(argv: Sequence[str]) -> int:
     if options.images < 1:
         raise UserError(f"--images {options.images} is out of range: expected 1 or more")
 
-    loaded = read_trained(options.checkpoint)
-    config = load_config(
-        ["device=cpu", "train.channels_last=false", *options.overrides], TABLES, base=loaded.state["config"]
-    )
-    with open_world(config.device, "gloo") as world:
+    arguments = ["device=cpu", "train.channels_last=false", *options.overrides]
+    with open_trained(options.checkpoint, arguments, TABLES) as (world, loaded, config):
         if world.world_size > 1:
             raise UserError(
                 f"export runs on one process, found {world.world_size}: start it with python, not with torchrun"

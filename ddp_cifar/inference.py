@@ -1,6 +1,7 @@
 """A trained network put to use: its logits for a whole split, over ranks, and what they say about it."""
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddp_cifar.checkpoint import Loaded, load_checkpoint, load_newest, load_weights
-from ddp_cifar.config import Config
+from ddp_cifar.config import Config, Tables, flatten, load_config
 from ddp_cifar.data.loader import EvalLoader
-from ddp_cifar.distributed import World
+from ddp_cifar.distributed import World, open_world
 from ddp_cifar.errors import UserError
 from ddp_cifar.metrics import Counter, Totals
 from ddp_cifar.models import build_model
+from ddp_cifar.precision import autocast, missing_for
 
 Forward = Callable[[Tensor], Tensor]
 """(B, 3, S, S) float32 images, normalised -> (B, classes) float32 logits."""
@@ -23,9 +25,27 @@ Forward = Callable[[Tensor], Tensor]
 CALIBRATION_BINS = 15  # as in Guo et al., On Calibration of Modern Neural Networks (ICML 2017)
 
 
-def read_trained(source: str) -> Loaded:
-    """The checkpoint at `source`, or the newest good one of the run_dir there. Raises `UserError` if there is none."""
-    path = Path(source)
+OF_THE_MACHINE = ("device", "backend", "train.threads")
+"""Keys of a checkpoint's config that say where it was trained, not what it is."""
+
+
+@contextlib.contextmanager
+def open_trained(source: str, arguments: Sequence[str], tables: Tables) -> Iterator[tuple[World, Loaded, Config]]:
+    """Open the ranks' world, the checkpoint at `source`, the same one on every rank, and its config with `arguments` over it.
+
+    Of a run_dir the newest good checkpoint is taken. Device and backend are this machine's, and the precision is where
+    the machine has it. Raises `UserError` for wrong arguments, before a group opens, and if there is no checkpoint.
+    """
+    asked = load_config(arguments, tables)
+    with open_world(asked.device, asked.backend) as world:
+        loaded = world.on_main(lambda: _read(Path(source)))
+        trained = {key: value for key, value in flatten(loaded.state["config"]).items() if key not in OF_THE_MACHINE}
+        if missing_for(str(trained["precision"]), world.device):
+            trained["precision"] = "auto"
+        yield world, loaded, load_config(arguments, tables, base=trained)
+
+
+def _read(path: Path) -> Loaded:
     return load_newest(path, "CHECKPOINT") if path.is_dir() else Loaded(path, load_checkpoint(path))
 
 
@@ -50,12 +70,6 @@ def trained_model(loaded: Loaded, config: Config, num_classes: int, image_size: 
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model.to(device).eval()
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """In the body, matrix products are computed in `precision`: fp32, tf32, bf16 or fp16."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def mirrored_mean(model: nn.Module, images: Tensor) -> Tensor:

@@ -56,8 +56,9 @@ def call(key: str, name: str, function: Callable[..., T], /, *arguments: Any, **
         pass  # written in C: it has no signature to see
     except TypeError as error:
         given = [type(argument).__name__ for argument in arguments] + [f"{k}={v!r}" for k, v in named.items()]
+        called = getattr(function, "__name__", name)
         raise UserError(
-            f"{key}={name}: {function.__name__}{signature} is called with ({', '.join(given)}), which it does not take "
+            f"{key}={name}: {called}{signature} is called with ({', '.join(given)}), which it does not take "
             f"({error}); check {key.rpartition('.')[0]}.args"
         ) from error
     return function(*arguments, **named)

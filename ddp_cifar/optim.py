@@ -59,7 +59,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     function = find("optim.name", config.name, OPTIMIZERS)
     if is_own(config.name):
         named = {"lr": config.lr, "weight_decay": config.weight_decay} | config.args
-        optimizer = call("optim.name", config.name, function, list(model.parameters()), **named)
+        try:
+            optimizer = call("optim.name", config.name, function, list(model.parameters()), **named)
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optim.name={config.name} does not take {named} ({error})") from error
         if not isinstance(optimizer, Optimizer):
             found = type(optimizer).__name__
             raise UserError(f"optim.name={config.name} returned a {found}: expected a torch.optim.Optimizer")

@@ -6,8 +6,8 @@ file that is no image has its error in its row and a warning, and the others go 
 """
 
 import csv
+import io
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -15,15 +15,17 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ddp_cifar.command import Arguments, run_command, writing
-from ddp_cifar.config import load_config
+from ddp_cifar.command import Arguments, run_command, show, writing
+from ddp_cifar.config import Tables
 from ddp_cifar.data.augment import normalize
 from ddp_cifar.data.decode import SUFFIXES, ReadError, decode_all
-from ddp_cifar.distributed import open_world
 from ddp_cifar.errors import UserError
-from ddp_cifar.inference import forward_pass, read_trained, trained_model
+from ddp_cifar.inference import forward_pass, open_trained, trained_model
 from ddp_cifar.log import log
-from ddp_cifar.train import TABLES, pick_precision
+from ddp_cifar.models import MODELS
+from ddp_cifar.precision import pick_precision
+
+TABLES: Tables = {"model.name": MODELS}
 
 Row = dict[str, Any]
 """`file`, then `class` and `probabilities`, or `error`."""
@@ -43,15 +45,13 @@ def main(argv: Sequence[str]) -> int:
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size} is out of range: expected 1 or more")
 
-    loaded = read_trained(options.checkpoint)
-    if "classes" not in loaded.state:
-        raise UserError(
-            f"{loaded.path} has no names of classes: it was made by an older ddp_cifar; resume its run once"
-        )
-    classes, image_size = loaded.state["classes"], loaded.state["image_size"]
-    config = load_config([f"device={options.device}"], TABLES, base=loaded.state["config"])
     files = list(find_images(options.paths))
-    with open_world(config.device, config.backend) as world:
+    with open_trained(options.checkpoint, [f"device={options.device}"], TABLES) as (world, loaded, config):
+        if "classes" not in loaded.state:
+            raise UserError(
+                f"{loaded.path} has no names of classes: it was made by an older ddp_cifar; resume its run once"
+            )
+        classes, image_size = loaded.state["classes"], loaded.state["image_size"]
         model = trained_model(loaded, config, len(classes), image_size, world.device)
         precision = pick_precision(config.precision, world)
         forward = forward_pass(model, precision, world.device, mirror=options.mirror)
@@ -75,7 +75,8 @@ def main(argv: Sequence[str]) -> int:
             if all("error" in row for row in rows):
                 raise UserError(f"none of the {len(rows)} files is an image that can be read")
             if options.output is None:
-                write_rows(sys.stdout, rows, classes, options.format)
+                write_rows(text := io.StringIO(), rows, classes, options.format)
+                show(text.getvalue().rstrip("\n"))
                 return
             with (
                 writing(options.output),
@@ -91,11 +92,11 @@ def find_images(paths: Sequence[Path]) -> Iterator[Path]:
     """The files that are named, and all images in the folders that are. Raises `UserError` for what is not there."""
     for path in paths:
         if path.is_dir():
-            found = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES)
+            found = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file())
             if not found:
                 raise UserError(f"{path} has no images: expected files {', '.join(sorted(SUFFIXES))}")
             yield from found
-        elif path.exists():
+        elif path.is_file():
             yield path
         else:
             raise UserError(f"there is no {path}: expected an image or a folder of images")
@@ -105,8 +106,17 @@ def read_batch(files: Sequence[Path], image_size: int) -> tuple[list[Row], Tenso
     """A row for each file, with an `error` where it is no image; and the others' pixels, (B, 3, S, S) uint8."""
     rows: list[Row] = [{"file": str(path)} for path in files]
     pixels = bytearray()
+    readable = []
+    for row, path in zip(rows, files, strict=True):
+        try:
+            with open(path, "rb") as file:
+                file.read(1)
+            readable.append((row, path))
+        except OSError as error:
+            row["error"] = f"it cannot be read ({error.strerror})"
+    decoded = decode_all([path for _, path in readable], image_size, num_workers=torch.get_num_threads())
     try:
-        for row, found in zip(rows, decode_all(files, image_size, num_workers=torch.get_num_threads()), strict=True):
+        for (row, _), found in zip(readable, decoded, strict=True):
             if isinstance(found, str):
                 row["error"] = found
             else:

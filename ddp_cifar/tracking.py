@@ -181,12 +181,23 @@ class OwnTracker(NullTracker):
 
 
 def build_own_tracker(config: Config) -> Tracker:
-    """What `tracking.name` names, called with the run's config as plain dicts, its run_dir, and `tracking.args`."""
+    """What `tracking.name` names, called with the run's config as plain dicts, its run_dir, and `tracking.args`.
+
+    One that fails at it, as where there is no way out of the cluster, costs a warning. Raises `UserError` if it does not
+    take `tracking.args`, or has not what a tracker has.
+    """
     own = config.tracking
     if own.name is None:
         return NullTracker()
     function: Callable[..., Any] = find("tracking.name", own.name, {})
-    return OwnTracker(own.name, call("tracking.name", own.name, function, to_dict(config), config.run_dir, **own.args))
+    try:
+        tracker = call("tracking.name", own.name, function, to_dict(config), config.run_dir, **own.args)
+    except UserError:
+        raise
+    except Exception as error:
+        log.warning(f"tracking.name={own.name} failed ({type(error).__name__}: {error}); training goes on without it")
+        return NullTracker()
+    return OwnTracker(own.name, tracker)
 
 
 def build_tracker(metrics: Path, tensorboard: Path, step: int, epoch: int = 0, own: Tracker | None = None) -> Tracker:

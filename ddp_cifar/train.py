@@ -23,12 +23,13 @@ from ddp_cifar.data import DATASETS, build_dataset
 from ddp_cifar.data.dataset import DataSet
 from ddp_cifar.data.loader import EvalLoader, TrainLoader
 from ddp_cifar.data.sampler import StepSampler, check_batch_size, plan_batches, reproducible_world_sizes
-from ddp_cifar.distributed import World, bf16_is_native, is_lost_peer, open_world, place_from_environment
+from ddp_cifar.distributed import World, is_lost_peer, open_world, place_from_environment
 from ddp_cifar.errors import UserError
 from ddp_cifar.heartbeat import Heartbeat, read_sign
 from ddp_cifar.log import log, log_to_file
 from ddp_cifar.models import MODELS, build_model
 from ddp_cifar.optim import OPTIMIZERS, build_optimizer
+from ddp_cifar.precision import pick_precision
 from ddp_cifar.run_dir import RunDir, Start
 from ddp_cifar.seeding import derive_seed
 from ddp_cifar.stopping import Requests
@@ -123,8 +124,9 @@ def start_records(
     sign = read_sign(run_dir.heartbeats, rank=0)
     try:
         run_dir.write_config(to_yaml(config))
-        own = build_own_tracker(config)
-        tracker = build_tracker(run_dir.metrics, run_dir.tensorboard, progress.step, progress.epoch, own)
+        tracker = build_tracker(
+            run_dir.metrics, run_dir.tensorboard, progress.step, progress.epoch, build_own_tracker(config)
+        )
         last_seen = (sign.time, sign.step) if sign else None
         productive_s = last_value(run_dir.metrics, "run/productive_s")
         start = run_dir.note_start(began, progress.step, world.world_size, last_seen, productive_s)
@@ -218,27 +220,6 @@ def build_trainer(
         classes=dataset.classes,
         show_progress=world.is_main and sys.stderr.isatty(),
     )
-
-
-def pick_precision(precision: str, world: World) -> str:
-    """The precision to use, with torch's switches set for it: `auto` is bf16 where every rank's hardware computes in it,
-    else fp32. Raises `UserError` if the device has no such precision.
-    """
-    device = world.device
-    if precision == "tf32" and not (device.type == "cuda" and bf16_is_native(device)):
-        found = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        raise UserError(
-            f"precision=tf32 needs an NVIDIA GPU of the Ampere generation or later, found {found}: use auto"
-        )
-    if precision == "fp16" and device.type == "mps":
-        raise UserError("precision=fp16 needs device cuda or cpu, found mps: use auto")
-    if device.type == "cuda":
-        # fp32 means fp32: torch's default would round the products of convolutions to 10 bits
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    if precision != "auto":
-        return precision
-    return "bf16" if world.all(bf16_is_native(device)) else "fp32"
 
 
 if __name__ == "__main__":

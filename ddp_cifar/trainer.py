@@ -32,10 +32,11 @@ from ddp_cifar.distributed import World
 from ddp_cifar.errors import RunError, UserError
 from ddp_cifar.fingerprint import fingerprint
 from ddp_cifar.heartbeat import Heartbeat, NullHeartbeat
-from ddp_cifar.inference import autocast, count_batches, forward_pass
+from ddp_cifar.inference import count_batches, forward_pass
 from ddp_cifar.log import log
 from ddp_cifar.metrics import Counter, PhaseTimer, Span, Totals, ledger_numbers
 from ddp_cifar.optim import Schedule, load_optimizer_state
+from ddp_cifar.precision import autocast
 from ddp_cifar.run_dir import Start
 from ddp_cifar.seeding import seed_dropout
 from ddp_cifar.stopping import REASONS, Agreement, Requests

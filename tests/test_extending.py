@@ -1,5 +1,6 @@
 """One's own model, data, optimizer and tracker: the page's example as it stands, every built-in model, and mistakes."""
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from ranks import RankPool
 from torch import nn
 
 from ddp_cifar.checkpoint import digest, load_checkpoint
-from ddp_cifar.config import to_yaml
+from ddp_cifar.config import load_config, to_dict, to_yaml
 from ddp_cifar.data import DataSet, Split, build_dataset
 from ddp_cifar.distributed import World
 from ddp_cifar.errors import UserError
@@ -50,7 +51,7 @@ def test_the_pages_example_runs_as_it_stands(tmp_path: Path, shell: Callable[...
 
     refused = shell("bash", "-c", f"{command} device=cpu model.args.width=9", cwd=tmp_path, timeout=100)
     assert refused.status != 0
-    assert "model.args.width=8, now 9" in refused.err
+    assert "model.args={'width': 8}, now {'width': 9}" in refused.err
 
 
 BUILT_IN = {
@@ -104,6 +105,30 @@ def test_arguments_come_from_a_file_too_and_keep_their_types(tmp_path: Path) -> 
     assert config_of(str(tmp_path / "again.yaml")).model == config.model
 
 
+def test_arguments_survive_a_file_and_a_checkpoint_as_they_were(tmp_path: Path) -> None:
+    """Words that look like something else, and what is empty, through YAML and through a checkpoint's config."""
+    args = {
+        "words": ["50", "on", "#fff", "a, b", "2026-11-24", "1e-3", ""],
+        "empty": {},
+        "nested": {"deep": {"empty": [], "null": None, "rate": 1e-3}},
+    }
+    (tmp_path / "first.yaml").write_text(json.dumps({"model": {"args": args}}))
+    config = config_of(str(tmp_path / "first.yaml"))
+    assert config.model.args == args
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert config_of(str(tmp_path / "again.yaml")).model.args == args
+    assert load_config([], {}, base=to_dict(config)).model.args == args
+    assert load_config(["model.args.more=1e-3"], {}, base=to_dict(config)).model.args == {**args, "more": 1e-3}
+    assert config_of("model.args.day=2026-11-24").model.args == {"day": "2026-11-24"}
+
+
+@pytest.mark.parametrize("text", ["model: {args: {3: x}}", "model: {args: [3]}", "model: {args: 3}"])
+def test_arguments_that_are_none_are_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"wrong\.yaml: model\.args=.* has the wrong type: expected KEY=VALUE$"):
+        config_of(str(tmp_path / "wrong.yaml"))
+
+
 # -- mistakes, each one line
 
 
@@ -133,6 +158,31 @@ def wrong_body(num_classes: int, image_size: int) -> nn.Module:
 
 def no_module(num_classes: int, image_size: int) -> str:
     return "a network"
+
+
+def no_data(root: str) -> DataSet:
+    raise ConnectionError("no route")
+
+
+def three_outputs(num_classes: int, image_size: int) -> nn.Module:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3 * image_size**2, num_classes)
+
+        def forward(self, images: torch.Tensor) -> Any:
+            logits = self.layer(images.flatten(1))
+            return (logits, logits, logits) if self.training else logits
+
+    return Network()
+
+
+class Picky(torch.optim.SGD):
+    def __init__(self, parameters: Any, lr: float, weight_decay: float) -> None:
+        raise ValueError("not today")
+
+
+half_a_network = functools.partial(wrong_head, image_size=8)
 
 
 class Half:
@@ -165,7 +215,7 @@ def build(argument: str, world: World) -> None:
         ("model.name=test_extending:CHECKOUT", "has no function CHECKOUT"),
         (
             "model.name=test_extending:wrong_head",
-            "makes (2, 11) of images of shape (2, 3, 32, 32): expected logits",
+            "makes (2, 11) of images of shape (2, 3, 32, 32) in training: expected logits",
         ),
         ("model.name=test_extending:wrong_body", "fails on images of shape (2, 3, 32, 32) (mat1 and mat2 shapes"),
         ("model.name=test_extending:no_module", "returned a str: expected a torch.nn.Module"),
@@ -187,6 +237,19 @@ def build(argument: str, world: World) -> None:
             "labels of the train split go from 0 to 3: expected 0 to 1 (2 classes)",
         ),
         ("data.name=test_extending:two_sizes", "the test images have 16 x 16 pixels, those of train 8 x 8"),
+        (
+            "data.name=test_extending:no_data",
+            "data.name=test_extending:no_data failed at data.root=data (ConnectionError: no route)",
+        ),
+        (
+            "model.name=test_extending:three_outputs",
+            "makes tuple of images of shape (2, 3, 32, 32) in training: expected logits",
+        ),
+        ("optim.name=test_extending:Picky", "(not today)"),
+        (
+            "model.name=test_extending:half_a_network",
+            "test_extending:half_a_network(num_classes: int, *, image_size: int = 8) -> ",
+        ),
         (
             "tracking.name=tensorbord",
             "tracking.name=tensorbord is not known: expected package.module:function of your own",
@@ -218,6 +281,25 @@ def test_a_tracker_that_fails_costs_a_warning(
     tracker.log({"train/loss": 1.0}, 1)
     tracker.close()
     assert "tracking.name=mine:Broken failed (ConnectionError: no route); training goes on" in caplog.text
+
+
+class Unreachable:
+    def __init__(self, config: dict[str, Any], run_dir: str) -> None:
+        raise ConnectionError("no route")
+
+
+def test_a_tracker_that_cannot_start_costs_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "propagate", True)
+    build_own_tracker(config_of("tracking.name=test_extending:Unreachable")).log({"train/loss": 1.0}, 1)
+    assert "Unreachable failed (ConnectionError: no route); training goes on without it" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["googlenet", "vit_b_16"])
+def test_networks_of_torchvision_that_want_care(name: str) -> None:
+    model = build_model(config_of("model.name=torchvision", f"model.args.name={name}").model, 3, 32)
+    assert model.train()(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
 
 
 def test_the_commands_of_the_way_from_dataparallel_are_ones_that_exist() -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,7 @@ def evaluation(shell: Shell, launcher: tuple[str, ...], run_dir: Path, out: Path
 def test_evaluate_finds_what_the_trainer_found(
     shell: Shell, trained: Path, tmp_path: Path, launcher: tuple[str, ...]
 ) -> None:
-    png = tmp_path / "confusion.png"
+    png = tmp_path / "confusion"
     found = evaluation(shell, launcher, trained, tmp_path / "e.json", "--png", str(png))
     expected = last_evaluation(trained)
     assert found["accuracy"] == expected["test/accuracy"]
@@ -166,6 +167,10 @@ def test_predict_takes_any_size_and_mode_and_reports_a_broken_file(shell: Shell,
         (("evaluate", "{run}", "eval.batchsize=3"), "did you mean eval.batch_size?"),
         (("evaluate", "{run}", "data.shapes.train_images=5"), "data.shapes.train_images=5 is out of range"),
         (("evaluate", "{run}", "data.val_images=0", "--split", "val"), "--split val, but there are no such images"),
+        (
+            ("evaluate", "{run}", "data.val_images=50", "--split", "val"),
+            "--split val would be other images than those held out in training, which had 560 train, 40 val, 150 test",
+        ),
         (("evaluate", "{run}", "model.name=resnet9"), "does not fit the model: it has no stem.0.weight"),
         (
             ("evaluate", "{run}", "--json", "{run}/no/where.json"),
@@ -231,11 +236,45 @@ def test_compare_says_where_runs_part_and_how_seeds_spread(tmp_path: Path, capsy
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_checkpoint_of_another_machine_is_used_on_this_one(
+    shell: Shell, trained: Path, files: tuple[Path, DataSet], tmp_path: Path
+) -> None:
+    """Trained over nccl in tf32, with a tracker and an optimizer that are not here."""
+    state = load_checkpoint(trained / "checkpoints" / "latest.pt")
+    state["config"] |= {"backend": "nccl", "device": "cuda", "precision": "tf32", "tracking": {"name": "gone:T"}}
+    state["config"]["optim"]["name"] = "gone:O"
+    save_checkpoint(tmp_path / "other.pt", state)
+    folder, _ = files
+    checkpoint, cpu = str(tmp_path / "other.pt"), "device=cpu"
+    assert evaluation(shell, PYTHON, tmp_path / "other.pt", tmp_path / "e.json", cpu)["precision"] in ("fp32", "bf16")
+    done = shell(*PYTHON, "ddp_cifar.predict", checkpoint, str(folder), "--device", "cpu")
+    assert done.status == 0, done.err
+    output = str(tmp_path / "m.pt2")
+    done = shell(*PYTHON, "ddp_cifar.export", checkpoint, "--format", "pt2", "--output", output)
+    assert done.status == 0, done.err
+
+
+def test_predict_takes_what_a_folder_really_has(
+    shell: Shell, trained: Path, files: tuple[Path, DataSet], tmp_path: Path
+) -> None:
+    """A folder named as an image, a name that is no UTF-8, and a reader that has seen enough."""
+    folder, _ = files
+    (folder / "inside.jpg").mkdir()
+    os.rename(folder / "000.png", os.path.join(os.fsencode(folder), b"caf\xe9.png"))
+    command = f"python -m ddp_cifar.predict {trained} {folder} --device cpu"
+    done = shell("bash", "-c", f"set -o pipefail; {command} | tail -n +2 | cut -d, -f 1 | sort | uniq | wc -l")
+    assert (done.status, done.out.strip()) == (0, "150"), done.err
+    done = shell("bash", "-c", f"set -o pipefail; {command} | head -n 1")
+    assert done.status == 0, done.err
+    assert "Broken" not in done.err
+    assert "Traceback" not in done.err
+
+
 def test_an_older_checkpoint_without_names_is_refused_by_predict(trained: Path, tmp_path: Path, command: Any) -> None:
     state = load_checkpoint(trained / "checkpoints" / "latest.pt")
     del state["classes"]
     save_checkpoint(tmp_path / "old.pt", state)
-    assert "has no names of classes" in command("predict", str(tmp_path / "old.pt"), str(tmp_path))
+    assert "has no names of classes" in command("predict", str(tmp_path / "old.pt"), str(tmp_path / "old.pt"))
 
 
 @pytest.mark.parametrize("form", ["pt2", "onnx"])

@@ -31,6 +31,9 @@ def build_dataset(config: DataConfig, world: World) -> DataSet:
     try:
         dataset = _read_own(function, config, world) if is_own(config.name) else function(config, world)
     except OSError as error:
+        if is_own(config.name):
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"data.name={config.name} failed at data.root={config.root} ({reason})") from error
         raise UserError(f"cannot read data.root={config.root} ({error.strerror}: {error.filename})") from error
     if dataset.train.image_size != config.image_size and not is_own(config.name):
         size = dataset.train.image_size

@@ -38,19 +38,22 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
 
 @torch.no_grad()
 def _try(model: nn.Module, name: str, num_classes: int, image_size: int) -> None:
-    """Raise `UserError` unless the model makes (2, num_classes) logits of two images."""
+    """Raise `UserError` unless the model makes (2, num_classes) logits of two images, in training as well."""
     images = torch.zeros(2, 3, image_size, image_size)
-    was_training = model.training
-    model.eval()
-    try:
-        logits = model(images)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model.name={name} fails on images of shape {tuple(images.shape)} ({reason})") from error
-    model.train(was_training)
-    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if found != (2, num_classes):
-        raise UserError(
-            f"model.name={name} makes {found} of images of shape {tuple(images.shape)}: expected logits of shape (2, "
-            f"{num_classes}), the number of classes"
-        )
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    for training in (True, False):
+        try:
+            with torch.random.fork_rng(devices=[]):  # dropout draws
+                logits = model.train(training)(images)
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"model.name={name} fails on images of shape {tuple(images.shape)} ({reason})") from error
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if found != (2, num_classes):
+            raise UserError(
+                f"model.name={name} makes {found} of images of shape {tuple(images.shape)}{' in training' * training}: "
+                f"expected logits of shape (2, {num_classes}), the number of classes"
+            )
+    model.train()
+    for buffer, before in buffers:
+        buffer.copy_(before)

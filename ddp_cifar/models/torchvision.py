@@ -8,7 +8,7 @@ from torch import nn
 from ddp_cifar.errors import UserError
 
 
-def build_torchvision(num_classes: int, image_size: int, *, name: str, **args: Any) -> nn.Module:
+def build_torchvision(num_classes: int, image_size: int, /, *, name: str, **args: Any) -> nn.Module:
     """`torchvision.models.NAME(num_classes=..., **args)`: its last layer has `num_classes` outputs, its weights are random.
 
     Raises `UserError` for a name that torchvision has not, for arguments that it does not take, and for `weights`, which are the
@@ -27,6 +27,13 @@ def build_torchvision(num_classes: int, image_size: int, *, name: str, **args: A
         raise UserError(
             "model.args.weights is not for here: save the weights' state dict to a file, and start from it with model.init"
         )
+    if name in ("googlenet", "inception_v3"):
+        args = {
+            "aux_logits": False,
+            "init_weights": True,
+        } | args  # else they make several outputs in training, and warn
+    if name.startswith("vit_"):
+        args.setdefault("image_size", image_size)
     try:
         return torchvision.models.get_model(name, num_classes=num_classes, **args)  # type: ignore[no-any-return]
     except (TypeError, ValueError) as error:
