@@ -72,7 +72,7 @@ class Run:
         """The median over rows; of a run too short to have some, over epochs."""
         for tag in ("train/images_per_s", "train/epoch_images_per_s"):
             if speeds := [row[tag] for row in self.rows if row.get(tag)]:
-                return statistics.median(speeds)
+                return float(statistics.median(speeds))
         return None
 
     def seconds(self) -> list[float]:
