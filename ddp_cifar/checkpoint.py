@@ -312,10 +312,11 @@ class NullCheckpoints(Checkpoints):
         return True
 
 
-def find_checkpoint(resume: str, own: Checkpoints) -> Loaded | None:
+def find_checkpoint(resume: str, own: Checkpoints, *, mend: bool = True) -> Loaded | None:
     """The checkpoint that the config key `resume` asks for, or None to start anew.
 
-    `own` are the checkpoints of the run's own folder. Raises `UserError` as `resume`'s documentation says.
+    `own` are the checkpoints of the run's own folder, whose links are set right unless `mend` is false. Raises `UserError`
+    as `resume`'s documentation says.
     """
     if resume == "never":
         if own.paths():
@@ -325,7 +326,7 @@ def find_checkpoint(resume: str, own: Checkpoints) -> Loaded | None:
             )
         return None
     latest = own.load_latest()
-    if latest:
+    if latest and mend:
         try:
             own.link(latest.path, latest.state["progress"].get("best_step"))
         except OSError as error:

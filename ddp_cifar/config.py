@@ -410,6 +410,8 @@ def help_text(tables: Tables) -> str:
     lines += [
         "  --help          this text",
         "  --print-config  the resolved config as YAML",
+        "  --dry-run [--nodes N] [--nproc-per-node N]",
+        "                  (train) look at the run before it is queued: data, batches, memory; needs no GPU",
         "",
         "keys and defaults:",
         "",

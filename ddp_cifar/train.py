@@ -1,4 +1,7 @@
-"""Train a network: `[torchrun ...] python -m ddp_cifar.train [CONFIG.yaml] [key=value ...]`."""
+"""Train a network: `[torchrun ...] python -m ddp_cifar.train [CONFIG.yaml] [key=value ...]`.
+
+With `--dry-run [--nodes N] [--nproc-per-node N]` it only looks at the run that it would be (dry_run.py).
+"""
 
 import contextlib
 import os
@@ -44,6 +47,10 @@ FEW_STEPS = 10  # an epoch, below which the default recipe hardly learns
 def main(argv: Sequence[str]) -> int:
     """Train as `argv` says, and return the exit status."""
     began = time.time()
+    if "--dry-run" in argv:
+        from ddp_cifar.dry_run import dry_run  # here, as it takes its tables from this module
+
+        return dry_run(argv)
     config = load_config(argv, TABLES)
     rank, world_size = place_from_environment()
     check_batch_size(config.train, world_size)

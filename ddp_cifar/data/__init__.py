@@ -3,16 +3,18 @@
 import socket
 from collections.abc import Callable
 
+import torch
+
 from ddp_cifar.config import DataConfig
-from ddp_cifar.data.cifar10 import read_cifar10
+from ddp_cifar.data.cifar10 import outline_cifar10, read_cifar10
 from ddp_cifar.data.dataset import DataSet, Split
-from ddp_cifar.data.imagefolder import read_imagefolder
-from ddp_cifar.data.shapes import draw_shapes
+from ddp_cifar.data.imagefolder import outline_imagefolder, read_imagefolder
+from ddp_cifar.data.shapes import draw_shapes, outline_shapes
 from ddp_cifar.distributed import World
 from ddp_cifar.errors import UserError
 from ddp_cifar.named import call, find, is_own
 
-__all__ = ["DATASETS", "DataSet", "Split", "build_dataset"]
+__all__ = ["DATASETS", "DataSet", "Split", "build_dataset", "outline_dataset"]
 
 DATASETS: dict[str, Callable[[DataConfig, World], DataSet]] = {
     "cifar10": read_cifar10,
@@ -20,6 +22,13 @@ DATASETS: dict[str, Callable[[DataConfig, World], DataSet]] = {
     "shapes": draw_shapes,
 }
 """Name -> function of the config's section and the world."""
+
+OUTLINES: dict[str, Callable[[DataConfig], DataSet]] = {
+    "cifar10": outline_cifar10,
+    "imagefolder": outline_imagefolder,
+    "shapes": outline_shapes,
+}
+"""Name -> function that looks at files without reading them, and gives the data set's shape."""
 
 
 def build_dataset(config: DataConfig, world: World) -> DataSet:
@@ -35,11 +44,8 @@ def build_dataset(config: DataConfig, world: World) -> DataSet:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"data.name={config.name} failed at data.root={config.root} ({reason})") from error
         raise UserError(f"cannot read data.root={config.root} ({error.strerror}: {error.filename})") from error
-    if dataset.train.image_size != config.image_size and not is_own(config.name):
-        size = dataset.train.image_size
-        raise UserError(
-            f"data.image_size={config.image_size}, but the images of {config.name} have {size} x {size} pixels: leave it out"
-        )
+    if not is_own(config.name):
+        _check_image_size(dataset, config)
     dataset = dataset.hold_out(config.val_images)
     own = dataset.describe()
     main = world.on_main(lambda: own)
@@ -49,6 +55,27 @@ def build_dataset(config: DataConfig, world: World) -> DataSet:
             f"the ranks do not read the same data: rank 0 has {main}{here}; is data.root the same on every node?"
         )
     return dataset
+
+
+def outline_dataset(config: DataConfig, world: World) -> DataSet:
+    """The data set's shape, with images and labels on torch's meta device, by a look at its files, not into them.
+
+    One of the user's own is read. Raises `UserError` as `build_dataset` does; what would be downloaded or decoded is logged.
+    """
+    find("data.name", config.name, DATASETS)
+    if is_own(config.name):
+        return build_dataset(config, world).to(torch.device("meta"))
+    dataset = OUTLINES[config.name](config)
+    _check_image_size(dataset, config)
+    return dataset.hold_out(config.val_images)
+
+
+def _check_image_size(dataset: DataSet, config: DataConfig) -> None:
+    if dataset.train.image_size != config.image_size:
+        size = dataset.train.image_size
+        raise UserError(
+            f"data.image_size={config.image_size}, but the images of {config.name} have {size} x {size} pixels: leave it out"
+        )
 
 
 def _read_own(function: Callable[..., DataSet], config: DataConfig, world: World) -> DataSet:

@@ -31,6 +31,13 @@ class Split:
         return self.images.shape[2]
 
     @staticmethod
+    def outline(num_images: int, image_size: int) -> "Split":
+        """The shape of a split alone, on torch's meta device."""
+        shape = (num_images, 3, image_size, image_size)
+        labels = torch.empty(num_images, dtype=torch.int64, device="meta")
+        return Split(torch.empty(shape, dtype=torch.uint8, device="meta"), labels, labels)
+
+    @staticmethod
     def of(images: Tensor, labels: Tensor) -> "Split":
         """A split of all images (N, 3, S, S) uint8, in their own order, with labels (N,). Raises `UserError` for other ones."""
         shape = tuple(images.shape)

@@ -73,12 +73,32 @@ def read_imagefolder(config: DataConfig, world: World) -> DataSet:
     return DataSet(splits["train"], splits.get("test"), classes)
 
 
-def _decoded_folder(config: DataConfig) -> Path:
-    """The cache's folder, made if need be."""
+def outline_imagefolder(config: DataConfig) -> DataSet:
+    """The shape of the images under `config.root`, by their names; said if they are not decoded yet.
+
+    Raises `UserError` for a missing folder and for classes that differ between train and test.
+    """
+    tree, folder = _look(config)
+    sizes = {name: len(files) for name, files in tree.splits.items()}
+    if not folder.exists():
+        log.info(
+            f"{sum(sizes.values())} files are decoded at the start; python -m ddp_cifar.prepare does it beforehand"
+        )
+    splits = {name: Split.outline(size, config.image_size) for name, size in sizes.items()}
+    return DataSet(splits["train"], splits.get("test"), tree.classes)
+
+
+def _look(config: DataConfig) -> tuple[Tree, Path]:
+    """The files, and the cache's folder for them, which may not be there yet."""
     root = Path(config.root)
     tree = _scan(root, needs_test=config.val_images == 0)
     cache = root / ".cache" if config.cache == "auto" else Path(config.cache)
-    folder = cache / f"imagefolder-{config.image_size}px-{_fingerprint(tree, config)}"
+    return tree, cache / f"imagefolder-{config.image_size}px-{_fingerprint(tree, config)}"
+
+
+def _decoded_folder(config: DataConfig) -> Path:
+    """The cache's folder, made if need be."""
+    tree, folder = _look(config)
     try:
         make_once(folder, lambda temporary: _decode_tree(tree, config, temporary))
     except ReadError as error:
@@ -87,7 +107,8 @@ def _decoded_folder(config: DataConfig) -> Path:
         ) from error
     except OSError as error:
         raise UserError(
-            f"cannot write the decoded images to {cache} ({error.strerror}): set data.cache to another folder, with room for them"
+            f"cannot write the decoded images to {folder.parent} ({error.strerror}): set data.cache to another folder, with "
+            f"room for them"
         ) from error
     return folder
 

@@ -84,6 +84,13 @@ def draw_shapes(config: DataConfig, world: World) -> DataSet:
     return DataSet(train, test, tuple(FORMS))
 
 
+def outline_shapes(config: DataConfig) -> DataSet:
+    """The shape of what would be drawn."""
+    shapes = config.shapes
+    train, test = Split.outline(shapes.train_images, SIZE), Split.outline(shapes.test_images, SIZE)
+    return DataSet(train, test, tuple(FORMS))
+
+
 def _draw_split(num_images: int, random: torch.Generator) -> Split:
     labels = torch.arange(num_images) % len(FORMS)
     labels = labels[torch.randperm(num_images, generator=random)]
