@@ -43,7 +43,7 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
     except UserError as error:
         log.error(error)
         status = EXIT_USER_ERROR
-        record_error(str(error))
+        record_error(str(error), status)
     except KeyboardInterrupt:
         log.error("interrupted")
         status = EXIT_FAILED
@@ -56,7 +56,7 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
         else:
             details = "".join(traceback.format_exception(error)).rstrip()
             log.error(details)
-            record_error(f"{type(error).__name__}: {error}", details)
+            record_error(f"{type(error).__name__}: {error}", status, details)
     _flush()
     # past the interpreter's own end, which could wait for peers that are gone, and in which a signal would still kill
     os._exit(status)
@@ -66,7 +66,7 @@ def leave(message: str) -> NoReturn:
     """End this process at once, from any thread and whatever the others do, with an error of one line."""
     try:
         log.error(message)
-        record_error(message)
+        record_error(message, EXIT_FAILED)
         _flush()
     finally:  # even where there is no terminal any more
         os._exit(EXIT_FAILED)
@@ -106,11 +106,11 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f}%"
 
 
-def record_error(message: str, details: str = "") -> None:
+def record_error(message: str, status: int, details: str = "") -> None:
     """Leave the error where torchrun looks for it, in the form that torch's `@record` writes.
 
     (`@record` itself would print a traceback, and put one into torchrun's report, for a user's mistake too.) Beside it
-    goes `error.txt`, the one line that launch/*.sh repeat.
+    go `error.txt`, the one line that launch/*.sh repeat, and `error.status`, the exit status that they end with.
     """
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
@@ -118,4 +118,5 @@ def record_error(message: str, details: str = "") -> None:
         line = f"[rank {os.environ.get('RANK')}] error: {message}\n"
         with contextlib.suppress(OSError):  # a torchrun that is gone has taken its folder along
             path.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+            path.with_suffix(".status").write_text(f"{status}\n")
             path.with_suffix(".txt").write_text(line, errors="backslashreplace")

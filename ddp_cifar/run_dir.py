@@ -1,7 +1,7 @@
 """RUN_DIR: all that a run writes, its layout, and the lock that keeps two runs out of one folder.
 
 config.yaml                   the resolved config
-status                        running, stopped, finished, or failed: REASON; `running` left by dead processes means a crash
+status                        running, stopped: BY WHAT, finished, or failed: REASON; `running` left by dead processes: a crash
 metrics.jsonl                 a row of scalars every few steps and at every epoch's end
 tensorboard/                  the same for TensorBoard
 checkpoints/step_NNNNNNNN.pt  checkpoints, with links `latest.pt` and `best.pt`

@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
 
         def end() -> int:
             """Say how the run ended, once all of it is on the disk; returns the exit status."""
-            run_dir.write_status("stopped" if reason else "finished")
+            run_dir.write_status(f"stopped: {reason}" if reason else "finished")
             requests.stopped()
             return EXIT_SAVE_FAILED if checkpoints.failed_saves else 0
 
@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
                 f"the last good one is {checkpoints.last_good or 'none'}"
             )
             log.error(message)
-            record_error(message)
+            record_error(message, status)
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
             status = 0  # torchrun would start the run again, which has ended
     return status

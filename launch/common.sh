@@ -16,7 +16,8 @@ wait_for() {
   done
 }
 
-# repeat_error DIR: the line of the rank that failed first, from what the ranks left under torchrun's log folder.
+# repeat_error DIR: the line of the rank that failed first, from what the ranks left under torchrun's log folder; sets `status`
+# to that rank's exit status, which torchrun made 1 of.
 repeat_error() {
   local first
   if [ -n "${interrupted:-}" ]; then
@@ -26,6 +27,8 @@ repeat_error() {
   first=$(find "$1" -name error.txt -printf '%T@ %p\n' 2>/dev/null | sort -n | head -n 1 | cut -d ' ' -f 2-)
   if [ -n "$first" ]; then
     cat "$first" >&2
+    # shellcheck disable=SC2034 # for who called
+    status=$(cat "${first%.txt}.status")
   else
     echo "error: a process ended without a word (killed, or not started): torchrun's report above names it" >&2
   fi

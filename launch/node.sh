@@ -16,8 +16,8 @@
 #   TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds that the ranks have to end after another has failed; default 60
 #
 # Ctrl-C, SIGTERM and SIGUSR1 go to the ranks, which agree to stop, save, and end with status 0; Ctrl-C twice ends them at
-# once. SIGQUIT has torchrun end them. Exits with torchrun's status; after a failure the last line is the error of the rank
-# that failed first.
+# once. SIGQUIT has torchrun end them. After a failure the last line is the error of the rank that failed first, and the exit
+# status is that rank's.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

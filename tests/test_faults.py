@@ -37,7 +37,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_as_unbroken(
     run.start()
     send([run.ranks()[1]], signum)
     assert run.end() == 0
-    assert run.status == "stopped"
+    assert run.status == f"stopped: {signum.name} (rank 1)"
     assert f"stopped by {signum.name} (rank 1): epoch" in run.terminal
     assert [row["step"] for row in rows_of(run.path)][-1] <= run.step
     assert run.finish() == unbroken
@@ -56,7 +56,7 @@ def test_ctrl_c_stops_and_saves_and_twice_leaves_at_once(run: Run) -> None:
     run.start(*LONG)
     send([run.launcher.pid], signal.SIGINT)
     assert run.end() == 0
-    assert run.status == "stopped"
+    assert run.status == "stopped: SIGINT (rank 0)"
     step = run.step
     assert f"step {step}" in run.terminal
     assert "Traceback" not in run.terminal
@@ -83,7 +83,7 @@ def test_repeated_sigterm_cuts_no_save_short(run: Run) -> None:
         send(run.ranks(), signal.SIGTERM)
         time.sleep(0.05)
     assert run.end() == 0
-    assert run.status == "stopped"
+    assert run.status == "stopped: SIGTERM (rank 0)"
     assert run.step > 0
 
 
@@ -93,7 +93,7 @@ def test_the_time_limit_stops_and_saves(run: Run) -> None:
     begun = time.monotonic()
     assert run.end() == 0
     assert 8 < time.monotonic() - begun < 40
-    assert run.status == "stopped"
+    assert run.status == "stopped: train.deadline (rank 0)"
     assert "stopped by train.deadline" in run.terminal
     assert run.step > 0
 
@@ -109,7 +109,7 @@ def test_the_files_save_and_stop(run: Run) -> None:
     assert not (run.path / "SAVE").exists()
     (run.path / "STOP").touch()
     assert run.end() == 0
-    assert run.status == "stopped"
+    assert run.status == "stopped: the file STOP (rank 0)"
     assert run.step > step
     assert not (run.path / "STOP").exists()
     assert "stopped by the file STOP (rank 0)" in run.terminal
@@ -119,7 +119,7 @@ def test_sigterm_stops_both_nodes(run: Run) -> None:
     run.start(*LONG, ranks=1, NNODES="2")
     send([run.launcher.pid], signal.SIGTERM)
     assert run.end() == 0, run.terminal
-    assert run.status == "stopped"
+    assert run.status.startswith("stopped: SIGTERM")
     assert "stopped by SIGTERM" in run.terminal
     assert (run.path / "logs" / "rank_1.log").exists()
 
