@@ -28,7 +28,9 @@ from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
 
 CLAIM_PATIENCE_S = 5.0
-"""Processes of a start that was ended may take a moment to be gone."""
+"""Processes of a start that was ended may take a moment to be gone ..."""
+LOST_NODE_PATIENCE_S = 120.0
+"""... and a file server may take a while to learn that a node is (NFS 4: its lease, of 90 s)."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +82,22 @@ class RunDir:
             raise UserError(
                 f"cannot write to run_dir={self.path} ({error.strerror}: {error.filename}): choose another run_dir"
             ) from error
+        lock.seek(0)
+        holder = lock.read().strip()
         try:
-            _lock(lock)
+            locked = _lock(lock, CLAIM_PATIENCE_S)
+            if not locked and not holder.endswith(f" on {socket.gethostname()}"):
+                log.info(
+                    f"{self.path} is in use by {holder}: waiting {LOST_NODE_PATIENCE_S:.0f} s, in case its node is gone"
+                )
+                locked = _lock(lock, LOST_NODE_PATIENCE_S)
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                log.warning(f"{self.path} cannot be locked ({error.strerror}): see to it that only one run uses it")
-                return
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
+            log.warning(f"{self.path} cannot be locked ({error.strerror}): see to it that only one run uses it")
+            return
+        if not locked:
             raise UserError(
-                f"run_dir={self.path} is in use by {holder}: wait for that run, or choose another run_dir"
-            ) from error
+                f"run_dir={self.path} is in use by {holder or 'another process'}: wait for that run, or choose another run_dir"
+            )
         lock.truncate(0)
         lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
@@ -162,14 +169,16 @@ class RunDir:
             log.warning(f"cannot write {self.path / 'status'} ({error.strerror}); the status is: {status}")
 
 
-def _lock(file: IO[str]) -> None:
-    """Lock `file`. Raises `OSError` if it cannot be, or if another process holds it for longer than `CLAIM_PATIENCE_S`."""
-    deadline = time.monotonic() + CLAIM_PATIENCE_S
+def _lock(file: IO[str], patience_s: float) -> bool:
+    """Lock `file`; False if another process holds it for longer than `patience_s`. Raises `OSError` if it cannot be locked."""
+    deadline = time.monotonic() + patience_s
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return True
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) or time.monotonic() > deadline:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
+            if time.monotonic() > deadline:
+                return False
         time.sleep(0.1)

@@ -1,7 +1,9 @@
 """Every mistake that a user can make is one clear line and exit status 2; nothing is lost by it."""
 
+import fcntl
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -401,6 +403,27 @@ def test_two_runs_in_one_run_dir_are_refused(train: Train, tmp_path: Path) -> No
     holder = RunDir(str(tmp_path / "run"))
     holder.claim()
     one_line(train(*TINY, f"run_dir={tmp_path / 'run'}"), "is in use by pid", "another run_dir")
+
+
+def test_a_run_dir_that_another_node_holds_is_waited_for(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file server may still count the lock of a node that is gone."""
+    from ddp_cifar import run_dir
+
+    monkeypatch.setattr(run_dir, "CLAIM_PATIENCE_S", 0.1)
+    monkeypatch.setattr(run_dir, "LOST_NODE_PATIENCE_S", 1.0)
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / "lock", "w+") as lock:
+        lock.write("pid 7 on elsewhere\n")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outcome = train(*TINY, f"run_dir={tmp_path / 'run'}")
+        assert outcome.status == 2
+        assert "is in use by pid 7 on elsewhere: waiting 1 s, in case its node is gone" in outcome.out
+        assert "is in use by pid 7 on elsewhere: wait for that run" in outcome.err
+        threading.Timer(0.5, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
+        assert train(*TINY, f"run_dir={tmp_path / 'run'}").status == 0
 
 
 def test_checkpoints_that_cannot_be_saved_end_in_status_3(

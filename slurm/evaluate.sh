@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=ddp_cifar-evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --wait-all-nodes=1
+#
+# Evaluate a trained network on a Slurm cluster, each image once, on any number of nodes:
+#
+#     sbatch [sbatch options] slurm/evaluate.sh CHECKPOINT|RUN_DIR [key=value ...] [--split val] [--json FILE] ...
+#
+# Settings as for slurm/train.sh.
+set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+if [ ! -e "$here/job.sh" ]; then # in a job this file is a copy in Slurm's spool folder
+  here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*/slurm\)/evaluate\.sh.*|\1|p' | head -n 1)
+  [ -n "$here" ] || here=$SLURM_SUBMIT_DIR/slurm
+fi
+# shellcheck source=slurm/job.sh
+source "$here/job.sh"
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+  echo "error: expected a job: sbatch [sbatch options] slurm/evaluate.sh CHECKPOINT [key=value ...]" >&2
+  exit 2
+fi
+export MODULE=ddp_cifar.evaluate
+start_nodes "$@"
+wait_for "$step" && status=0 || status=$?
+exit "$status"

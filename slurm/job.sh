@@ -1,0 +1,95 @@
+# shellcheck shell=bash
+# Shared by the scripts of this folder; sourced, not run.
+
+slurm=$(dirname "${BASH_SOURCE[0]}")
+# shellcheck disable=SC1091 # a site's own, if there is one
+[ ! -e "$slurm/site.sh" ] || source "$slurm/site.sh"
+# shellcheck source=launch/common.sh
+source "$slurm/../launch/common.sh"
+export PYTHONPATH="$checkout${PYTHONPATH:+:$PYTHONPATH}"
+if ! command -v torchrun >/dev/null; then
+  echo "error: torchrun is not on PATH: set up the environment in slurm/site.sh, or make one with \`make install\`" >&2
+  exit 2
+fi
+
+if [ -n "${SLURM_JOB_ID:-}" ]; then
+  # an array's last task has the array's own number as SLURM_JOB_ID
+  job=$SLURM_JOB_ID
+  [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+  gpus=$(count_gpus)
+  export NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+  check_count NPROC_PER_NODE "$NPROC_PER_NODE"
+  # the nodes meet on the first of them; another job there has another number
+  first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  export NNODES=$SLURM_NNODES HEAD="$first_node:$((20000 + SLURM_JOB_ID % 10000))"
+  export RUN_ID="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+  # sbatch's --cpus-per-task does not reach srun by itself
+  [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
+
+# start_nodes ARGUMENT...: launch/node.sh on every node of the job, in the background; sets `step` to srun's pid.
+start_nodes() {
+  srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=1 --label \
+    "$checkout/launch/node.sh" "$@" </dev/null &
+  # shellcheck disable=SC2034 # for who called
+  step=$!
+}
+
+# describe_job RUN_DIR START: what this job is, how to follow it, how to stop it.
+describe_job() {
+  local log cores=${SLURM_CPUS_ON_NODE:-$(nproc)}
+  log=$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p' | head -n 1)
+  cat <<END
+job $job, $2: $NNODES nodes ($SLURM_JOB_NODELIST) x $NPROC_PER_NODE ranks, $cores cores a node, meeting at $HEAD.
+run_dir: $1. To follow: tail -f $log. To stop: touch $1/STOP (saves and ends), or scancel --batch --signal=USR1 $job
+(saves and is requeued), or scancel $job (ends; what is not saved within Slurm's KillWait is lost).
+END
+  if [ "$cores" -lt "$NPROC_PER_NODE" ]; then
+    echo "warning: $cores cores for $NPROC_PER_NODE ranks a node: sbatch --cpus-per-task=N or --exclusive gives more" >&2
+  fi
+}
+
+# look_and_submit SCRIPT [SBATCH_OPTION ...] -- [ARGUMENT ...]: train --dry-run, then sbatch.
+look_and_submit() {
+  local script=$1
+  shift
+  split_options "$@"
+  python -m ddp_cifar.train --dry-run --nodes "$nodes" --nproc-per-node "$ranks" "${arguments[@]}" || exit $?
+  sbatch "${options[@]}" "$script" "${arguments[@]}"
+}
+
+# split_options [SBATCH_OPTION ...] -- [ARGUMENT ...]: sets `options` and `arguments`, and by the options `nodes` and `ranks` (of
+# each node). Makes the folder that the job's log goes to, without which the job would fail without a word.
+split_options() {
+  local option value
+  options=() arguments=() nodes=1 ranks=1
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    options+=("$1")
+    shift
+  done
+  if [ $# -gt 0 ]; then
+    arguments=("${@:2}")
+  elif [[ " ${options[*]-}" == *" -"* ]]; then
+    echo "error: expected [sbatch options] -- [CONFIG.yaml] [key=value ...]: put -- before the arguments of the run" >&2
+    exit 2
+  else
+    arguments=("${options[@]}") options=()
+  fi
+  set -- "${options[@]}"
+  while [ $# -gt 0 ]; do
+    option=$1
+    case $option in
+      --*=*) value=${option#*=} ;;
+      -[a-zA-Z]?*) value=${option:2} ;;
+      *) value=${2:-} ;;
+    esac
+    case $option in
+      --nodes | --nodes=* | -N*) nodes=${value%%-*} ;;
+      --gpus-per-node*) ranks=${value##*:} ;;
+      --gres | --gres=*) [[ $value != *gpu:* ]] || ranks=${value##*:} ;;
+      --output | --output=* | -o*) mkdir -p "$(dirname "$value")" ;;
+    esac
+    shift
+  done
+  ranks=${NPROC_PER_NODE:-$ranks}
+}
