@@ -1,0 +1,146 @@
+"""A real Slurm cluster of three nodes, started by cluster.sh, as tests see it."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+SCRIPT = Path(__file__).parent / "cluster.sh"
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY"}
+
+
+def why_not() -> str | None:
+    """Why this machine can hold no cluster, if so."""
+    done = subprocess.run([SCRIPT, "check"], capture_output=True, text=True)
+    return done.stderr.strip().removeprefix("error: ") if done.returncode else None
+
+
+class Cluster:
+    """node1, node2 and node3, idle at first, and a head to submit from. `folder` has its configuration and logs.
+
+    Commands, and so jobs, find the programs of this Python's environment first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def up(self) -> None:
+        self._script("up")
+
+    def down(self) -> None:
+        """End it, with whatever runs there."""
+        self._script("down")
+
+    def run(
+        self,
+        *command: str,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 60,
+        check: bool = True,
+    ) -> "subprocess.CompletedProcess[str]":
+        """A command on the head; `env` is added to the environment."""
+        return self._script("exec", *command, cwd=cwd, env=env, timeout=timeout, check=check)
+
+    def on(self, node: str, *command: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
+        return self._script("on", node, *command, check=check)
+
+    def crash(self, node: str) -> None:
+        """Cut a node's power; Slurm notices after 15 to 25 s."""
+        self._script("crash", node)
+
+    def boot(self, node: str) -> None:
+        self._script("boot", node)
+
+    def nodes(self) -> dict[str, str]:
+        """State of each node, as sinfo has it: idle, mixed, allocated, down*, ..."""
+        listing = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T").stdout
+        return dict(line.split() for line in listing.splitlines())
+
+    def sbatch(self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> str:
+        """Submit; the id of the job, or of the array of jobs."""
+        return self.run("sbatch", "--parsable", *arguments, cwd=cwd, env=env).stdout.strip()
+
+    def tasks(self, job: str) -> list[dict[str, str]]:
+        """What `scontrol show job` says of each task of an array; those that wait are one."""
+        lines = self.run("scontrol", "--oneliner", "show", "job", job).stdout.splitlines()
+        return [dict(re.findall(r"(\S+?)=(.*?)(?=\s+[\w:/]+=|\s*$)", line)) for line in lines]
+
+    def show(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` says of one job, or of one task of an array (12_3)."""
+        (fields,) = self.tasks(job)
+        return fields
+
+    def state(self, job: str) -> str:
+        return self.show(job)["JobState"]
+
+    def restarts(self, job: str) -> int:
+        """How often it was requeued."""
+        return int(self.show(job)["Restarts"])
+
+    def log(self, job: str) -> str:
+        """What it has printed so far; an array's tasks one after another."""
+        paths = dict.fromkeys(Path(task["StdOut"]) for task in self.tasks(job))
+        return "".join(path.read_text() for path in paths if path.exists())
+
+    def cancel(self, job: str, *options: str) -> None:
+        """scancel; with `--signal=...` only that is sent."""
+        self.run("scancel", *options, job)
+
+    def wait_for(self, job: str, *states: str, timeout: float = 60) -> None:
+        """Wait until the job, or each task of the array, is in one of the states; fail at once if it has ended in another."""
+        seen: set[str] = set()
+
+        def settled() -> bool:
+            seen.clear()
+            seen.update(task["JobState"] for task in self.tasks(job))
+            return seen <= set(states) or bool(seen & ENDED - set(states))
+
+        self.wait_until(settled, timeout, job)
+        assert seen <= set(states), f"{' '.join(seen)} rather than {' or '.join(states)}\n{self.report(job)}"
+
+    def wait_idle(self, timeout: float = 60) -> None:
+        """Wait until no job is left and all nodes are idle."""
+        self.wait_until(
+            lambda: set(self.nodes().values()) == {"idle"} and not self.run("squeue", "--noheader").stdout, timeout
+        )
+
+    def wait_until(self, condition: Callable[[], object], timeout: float = 60, *jobs: str) -> None:
+        """Wait until the condition holds; if it does not, fail with a report of the jobs."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {timeout} s\n{self.report(*jobs)}"
+            time.sleep(0.2)
+
+    def report(self, *jobs: str) -> str:
+        """What one needs to know after a failure."""
+        parts = [self._script("status", check=False).stdout]
+        for job in jobs:
+            parts += [f"{task['JobId']}: {task['JobState']}, {task['Reason']}" for task in self.tasks(job)]
+            parts += [f"== log of {job}", self.log(job)]
+        controller = (self.folder / "log" / "slurmctld.log").read_text()
+        return "\n".join([*parts, "== slurmctld.log", *controller.splitlines()[-30:]])
+
+    def _script(
+        self,
+        *arguments: str,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 60,
+        check: bool = True,
+    ) -> "subprocess.CompletedProcess[str]":
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            [SCRIPT, *arguments],
+            cwd=cwd,
+            env={**os.environ, "PATH": path, "CLUSTER_DIR": str(self.folder), **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert not check or done.returncode == 0, f"{arguments}: status {done.returncode}\n{done.stdout}{done.stderr}"
+        return done
