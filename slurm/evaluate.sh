@@ -22,6 +22,7 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   exit 2
 fi
 export MODULE=ddp_cifar.evaluate
-start_nodes "$@"
-wait_for "$step" && status=0 || status=$?
+start_nodes "$PWD/.evaluate-$job" "$@"
+trap 'rm -rf "$LOG_DIR"' EXIT
+finish_nodes
 exit "$status"

@@ -27,12 +27,24 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 fi
 
-# start_nodes ARGUMENT...: launch/node.sh on every node of the job, in the background; sets `step` to srun's pid.
+# start_nodes LOG_DIR ARGUMENT...: launch/node.sh on every node of the job, in the background; sets `step` to srun's pid. The
+# ranks of all nodes leave their errors in LOG_DIR, which is made.
 start_nodes() {
+  rm -rf "$1" # a start whose node was lost has left it
+  mkdir -p "$1"
+  export LOG_DIR=$1
+  shift
   srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=1 --label \
     "$checkout/launch/node.sh" "$@" </dev/null &
   # shellcheck disable=SC2034 # for who called
   step=$!
+}
+
+# finish_nodes: wait for them; sets `status` to 0, or to that of the rank that failed first, whose error is repeated.
+finish_nodes() {
+  wait_for "$step" && status=0 || status=$?
+  [ "$status" = 0 ] || repeat_error "$LOG_DIR"
+  rm -rf "$LOG_DIR"
 }
 
 # describe_job RUN_DIR START: what this job is, how to follow it, how to stop it.
@@ -40,12 +52,12 @@ describe_job() {
   local log cores=${SLURM_CPUS_ON_NODE:-$(nproc)}
   log=$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p' | head -n 1)
   cat <<END
-job $job, $2: $NNODES nodes ($SLURM_JOB_NODELIST) x $NPROC_PER_NODE ranks, $cores cores a node, meeting at $HEAD.
+job $job, $2. Nodes: $NNODES ($SLURM_JOB_NODELIST), which meet at $HEAD; ranks on each: $NPROC_PER_NODE; cores: $cores.
 run_dir: $1. To follow: tail -f $log. To stop: touch $1/STOP (saves and ends), or scancel --batch --signal=USR1 $job
 (saves and is requeued), or scancel $job (ends; what is not saved within Slurm's KillWait is lost).
 END
   if [ "$cores" -lt "$NPROC_PER_NODE" ]; then
-    echo "warning: $cores cores for $NPROC_PER_NODE ranks a node: sbatch --cpus-per-task=N or --exclusive gives more" >&2
+    echo "warning: fewer cores ($cores) than ranks ($NPROC_PER_NODE) on a node: sbatch --cpus-per-task=N or --exclusive gives more" >&2
   fi
 }
 

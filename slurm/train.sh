@@ -72,23 +72,17 @@ end() {
 }
 
 step='' asked='' ended=''
-trap 'asked=1; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true' USR1 # srun hands it to the nodes
-trap 'ended=1' TERM # cancelled, preempted or requeued: Slurm has settled what becomes of the job, and tells the nodes itself
-describe_job "$run_dir" "start $((requeues + 1)), which may be requeued $((max_requeues - requeues)) times"
+trap 'asked=1 interrupted=1; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true' USR1 # srun hands it to the nodes
+trap 'ended=1 interrupted=1' TERM # cancelled, preempted or requeued: Slurm has settled what becomes of the job, and tells the nodes itself
+describe_job "$run_dir" "start $((requeues + 1)), which can be requeued $((max_requeues - requeues)) times"
 if [ "$requeues" = 0 ]; then
   python -m ddp_cifar.train --dry-run --nodes "$SLURM_NNODES" --nproc-per-node "$NPROC_PER_NODE" "${arguments[@]}"
 fi
 
 status=0
 if [ -z "$asked$ended" ]; then
-  mkdir -p "$run_dir/logs"
-  LOG_DIR=$(mktemp -d "$run_dir/logs/start-XXXXXX")
-  export LOG_DIR
-  start_nodes "${arguments[@]}"
-  wait_for "$step" && status=0 || status=$?
-  interrupted=$asked$ended
-  [ "$status" = 0 ] || repeat_error "$LOG_DIR"
-  rm -rf "$LOG_DIR"
+  start_nodes "$run_dir/logs/start-$job" "${arguments[@]}"
+  finish_nodes
 fi
 
 state=$(cat "$run_dir/status" 2>/dev/null) || state='never started'

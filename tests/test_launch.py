@@ -1,10 +1,6 @@
 """The mission's commands with real processes: torchrun, launch/local.sh, two agents. What kills them is in test_faults.py."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_mistakes import TINY
 
 Shell = Callable[..., Any]
-CHECKOUT = Path(__file__).parent.parent
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -99,12 +94,3 @@ def test_a_wrong_setting_of_a_script(shell: Shell, script: str, setting: dict[st
     assert outcome.status == 2
     assert len(outcome.err.splitlines()) == 1
     assert expected in outcome.err
-
-
-def test_shellcheck_has_nothing_to_say() -> None:
-    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if shellcheck is None:
-        pytest.skip("needs shellcheck")
-    scripts = [*map(str, (CHECKOUT / "launch").glob("*.sh")), str(CHECKOUT / ".ci" / "run")]
-    checked = subprocess.run([shellcheck, "-x", *scripts], cwd=CHECKOUT, capture_output=True, text=True)
-    assert checked.stdout == ""

@@ -1,0 +1,321 @@
+"""The shipped scripts, unedited, on a real Slurm: 2 nodes x 2 ranks through all that a cluster does to a job.
+
+What a run comes to after it is compared with a run of as many ranks on one machine that nothing was done to.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launched import ARGUMENTS, CHECKOUT, SHORT, Result, Run
+from slurm_cluster import Cluster
+
+from ddp_cifar.checkpoint import load_checkpoint
+
+TRAIN = str(CHECKOUT / "slurm" / "train.sh")
+TWO_NODES = ("--nodes=2", "--gpus-per-node=2")
+LONG = ("train.epochs=8",)
+REPRODUCIBLE = ("train.reproducible=true",)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
+    """What a run on four ranks comes to, by its arguments."""
+    results: dict[tuple[str, ...], Result] = {}
+
+    def of(*arguments: str) -> Result:
+        if arguments not in results:
+            run = Run(tmp_path_factory.mktemp("unbroken") / "run")
+            results[arguments] = run.finish(*arguments, ranks=4)
+        return results[arguments]
+
+    return of
+
+
+class Job:
+    """A job in `folder`, by the shipped script, and its run in run_dir=run."""
+
+    def __init__(self, cluster: Cluster, folder: Path, *options: str, arguments: tuple[str, ...] = SHORT) -> None:
+        self.cluster = cluster
+        self.run_dir = folder / "run"
+        line = (*ARGUMENTS, *arguments, f"run_dir={self.run_dir}")
+        self.id = cluster.sbatch(*options, TRAIN, *line, cwd=folder)
+
+    @property
+    def log(self) -> str:
+        return self.cluster.log(self.id)
+
+    @property
+    def status(self) -> str:
+        return (self.run_dir / "status").read_text().strip()
+
+    def is_under_way(self) -> bool:
+        """It has saved a checkpoint."""
+        return any(self.run_dir.glob("checkpoints/step_*.pt"))
+
+    def wait_under_way(self) -> None:
+        self.cluster.wait_until(self.is_under_way, 90, self.id)
+
+    def wait_requeued(self, timeout: float = 90) -> None:
+        self.cluster.wait_until(lambda: self.cluster.restarts(self.id) > 0, timeout, self.id)
+
+    def wait_for(self, state: str) -> None:
+        self.cluster.wait_for(self.id, state, timeout=200)
+
+    def finish(self) -> Result:
+        """Wait until it is done, and look at what is done at every end."""
+        self.wait_for("COMPLETED")
+        assert self.status == "finished"
+        assert self.log.rstrip().endswith(f"job {self.id}: the run: finished"), self.log
+        assert not list(self.run_dir.glob("logs/start-*"))
+        return Result.of(self.run_dir)
+
+    def starts(self) -> list[int]:
+        """The step that each start went on from."""
+        return [json.loads(line)["step"] for line in (self.run_dir / "starts.jsonl").read_text().splitlines()]
+
+
+def assert_gone_on(job: Job, expected: Result, at_most: int = 1) -> None:
+    """It was requeued once, and went on from a checkpoint to what an unbroken run comes to, in one log."""
+    assert job.finish() == expected
+    requeues = job.cluster.restarts(job.id)
+    assert 1 <= requeues <= at_most
+    first, *others = job.starts()
+    assert first == 0
+    assert len(others) == requeues
+    assert all(step > 0 for step in others)
+    assert re.findall(r"start (\d+), which can be requeued (\d+) times", job.log) == [
+        (str(1 + i), str(20 - i)) for i in range(1 + requeues)
+    ]
+
+
+def test_a_job_finishes_with_its_arguments_as_they_were(
+    cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result]
+) -> None:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    run_dir = 'it\'s a "run" $HOME; *'
+    job = cluster.sbatch(*TWO_NODES, "--cpus-per-task=3", TRAIN, *ARGUMENTS, *SHORT, f"run_dir={run_dir}", cwd=folder)
+    cluster.wait_for(job, "COMPLETED", timeout=120)
+    log = cluster.log(job)
+    assert (
+        f"job {job}, start 1, which can be requeued 20 times. Nodes: 2 (node[1-2]), which meet at node1:2000{job}"
+        in log
+    )
+    assert "; ranks on each: 2; cores: 3." in log
+    assert f"run_dir: {run_dir}. To follow: tail -f {folder}/slurm-{job}.out. To stop: touch {run_dir}/STOP" in log
+    assert "32 images a step = 4 ranks x 8 images" in log
+    assert re.search(r"^[01]: \[rank 0\] .*finished: epoch 3", log, re.MULTILINE)
+    assert "warning" not in log
+    assert Result.of(folder / run_dir) == unbroken(*SHORT)
+    assert {path.name for path in (folder / run_dir / "logs").iterdir()} == {f"rank_{i}.log" for i in range(4)}
+    cluster.wait_idle()
+
+
+def test_before_the_time_limit_it_saves_and_is_requeued(
+    cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result]
+) -> None:
+    options = ("--time=1:00", "--signal=B:USR1@30")  # the clock strikes after 30 s, or a little before
+    expected = unbroken(*LONG)
+    job = Job(cluster, tmp_path, *TWO_NODES, *options, arguments=LONG)
+    job.wait_requeued()
+    assert re.search(
+        rf"^job {job.id}: the run was stopped: SIGUSR1 \(rank \d\); it is requeued$", job.log, re.MULTILINE
+    )
+    assert_gone_on(job, expected, at_most=5)  # on a slow machine it strikes again
+
+
+def test_a_job_of_higher_priority_has_it_requeued(
+    cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result]
+) -> None:
+    job = Job(cluster, tmp_path, *TWO_NODES)
+    job.wait_under_way()
+    other = cluster.sbatch("--partition=urgent", "--nodes=3", "--exclusive", "--wrap=srun sleep 1", cwd=tmp_path)
+    cluster.wait_for(other, "COMPLETED", timeout=60)
+    assert_gone_on(job, unbroken(*SHORT))
+
+
+@pytest.mark.parametrize("victim", ["node1", "node2"])
+def test_a_lost_node_has_it_requeued_on_the_spare_one(
+    cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result], victim: str
+) -> None:
+    """node1 is where the script and the rendezvous are."""
+    job = Job(cluster, tmp_path, *TWO_NODES)
+    job.wait_under_way()
+    cluster.crash(victim)
+    assert_gone_on(job, unbroken(*SHORT))
+    assert {"node1": "(node[2-3])", "node2": "(node[1,3])"}[victim] in job.log
+    assert cluster.nodes()[victim].startswith("down")
+
+
+def test_a_signal_to_the_ranks_has_it_saved_and_requeued(
+    cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result]
+) -> None:
+    """Without `--batch`, which others of these tests send, it does not reach the script."""
+    job = Job(cluster, tmp_path, *TWO_NODES)
+    job.wait_under_way()
+    cluster.cancel(job.id, "--signal=USR1")
+    assert_gone_on(job, unbroken(*SHORT))
+    assert "the run was stopped: SIGUSR1" in job.log
+
+
+def test_the_file_stop_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, *TWO_NODES)
+    job.wait_under_way()
+    (job.run_dir / "STOP").touch()
+    job.wait_for("COMPLETED")
+    assert job.status == "stopped: the file STOP (rank 0)"
+    assert cluster.restarts(job.id) == 0
+    last = job.log.splitlines()[-1]
+    assert last == f"job {job.id}: the run was {job.status}; sbatch with run_dir={job.run_dir} goes on"
+
+
+def test_a_cancelled_job_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, *TWO_NODES)
+    job.wait_under_way()
+    cluster.cancel(job.id)
+    job.wait_for("CANCELLED")
+    cluster.wait_idle()
+    assert cluster.restarts(job.id) == 0
+    assert job.status.startswith("stopped: SIGTERM"), "it had the time to save"
+
+
+def test_a_killed_rank_has_it_requeued(cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result]) -> None:
+    job = Job(cluster, tmp_path, *TWO_NODES)
+    job.wait_under_way()
+    sign = json.loads((job.run_dir / "heartbeats" / "rank_3").read_text())
+    cluster.on(sign["host"], "kill", "-9", str(sign["pid"]))
+    assert_gone_on(job, unbroken(*SHORT))
+    assert "the run has crashed (running); it is requeued" in job.log
+
+
+def test_a_typo_fails_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    job = Job(cluster, tmp_path, *TWO_NODES, arguments=("optim.lrr=1",))
+    job.wait_for("FAILED")
+    assert time.monotonic() - begun < 20
+    assert cluster.show(job.id)["ExitCode"] == "2:0"
+    assert job.log.splitlines()[-1].endswith("error: optim.lrr is not a key of the config; did you mean optim.lr?")
+    assert not job.run_dir.exists()
+
+
+def test_a_mistake_that_only_the_run_finds_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(32):
+                (tmp_path / split / name / f"{i}.png").write_text("no image")
+    job = Job(cluster, tmp_path, *TWO_NODES, arguments=("data.name=imagefolder", f"data.root={tmp_path}"))
+    job.wait_for("FAILED")
+    assert cluster.show(job.id)["ExitCode"] == "2:0"
+    assert cluster.restarts(job.id) == 0
+    error, end = job.log.splitlines()[-2:]
+    assert re.match(r"\[rank \d\] error: .*0\.png cannot be decoded", error)
+    assert end == f"job {job.id}: the run: never started"
+
+
+def test_of_an_array_only_the_stopped_task_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    line = (*ARGUMENTS, "train.epochs=1", "train.global_batch_size=16", "seed=%a", "run_dir=run %a")
+    array = cluster.sbatch("--array=1-3", TRAIN, *line, cwd=tmp_path)
+    cluster.wait_until(lambda: any((tmp_path / "run 2").glob("checkpoints/step_*.pt")), 120, array)
+    cluster.cancel(f"{array}_2", "--batch", "--signal=USR1")
+    cluster.wait_for(array, "COMPLETED", timeout=200)
+    assert [cluster.restarts(f"{array}_{task}") for task in (1, 2, 3)] == [0, 1, 0]
+    for task in (1, 2, 3):
+        state = load_checkpoint(tmp_path / f"run {task}" / "checkpoints" / "latest.pt")
+        assert state["config"]["seed"] == task
+        assert (tmp_path / f"run {task}" / "status").read_text() == "finished\n"
+    assert sorted(path.name for path in tmp_path.glob("slurm-*")) == [f"slurm-{array}_{task}.out" for task in (1, 2, 3)]
+
+
+def test_requeues_have_a_bound(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_REQUEUES", "1")
+    job = Job(cluster, tmp_path, *TWO_NODES, arguments=LONG)
+    job.wait_under_way()
+    cluster.cancel(job.id, "--batch", "--signal=USR1")
+    job.wait_requeued()
+    cluster.wait_until(lambda: (job.run_dir / "starts.jsonl").read_text().count("\n") == 2, 90, job.id)
+    cluster.cancel(job.id, "--batch", "--signal=USR1")
+    job.wait_for("FAILED")
+    assert cluster.restarts(job.id) == 1
+    assert "and the job was requeued 1 times (MAX_REQUEUES): sbatch with run_dir=" in job.log.splitlines()[-1]
+    assert job.status.startswith("stopped: SIGUSR1")
+
+
+def test_three_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, "--nodes=3", arguments=("train.epochs=1", "train.global_batch_size=24"))
+    job.finish()
+    assert "24 images a step = 3 ranks x 8 images" in job.log
+    assert {path.name for path in job.run_dir.glob("logs/*")} == {f"rank_{i}.log" for i in range(3)}
+
+
+def test_a_node_lost_and_continued_on_half_the_ranks_by_hand_gives_the_same_bits(
+    cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result]
+) -> None:
+    arguments = (*SHORT, *REPRODUCIBLE)
+    job = Job(cluster, tmp_path, *TWO_NODES, "--no-requeue", arguments=arguments)
+    job.wait_under_way()
+    cluster.crash("node2")
+    cluster.wait_until(lambda: cluster.state(job.id) in ("NODE_FAIL", "FAILED"), 90, job.id)
+    half = Job(cluster, tmp_path, "--nodes=1", "--gpus-per-node=2", arguments=arguments)
+    result = half.finish()
+    assert half.starts()[1] > 0
+    assert "2 ranks x 8 images x 2 micro-batches" in half.log
+    assert result == unbroken(*arguments)
+
+
+def test_run_by_hand_it_looks_first_and_submits(cluster: Cluster, tmp_path: Path) -> None:
+    line = (*ARGUMENTS, *SHORT, "run_dir=run here")
+    options = ("--nodes", "2", "--gpus-per-node=stand-in:2", "-o", "a folder/%j.out")
+    typo = cluster.run(TRAIN, *options, "--", *line, "optim.lrr=1", cwd=tmp_path, check=False)
+    assert typo.returncode == 2
+    assert "did you mean optim.lr?" in typo.stderr.splitlines()[-1]
+    three = cluster.run(TRAIN, "-N3", "--", *line, cwd=tmp_path, check=False)
+    assert "which do not split over 3 ranks" in three.stderr.splitlines()[-1]
+    mixed = cluster.run(TRAIN, "--nodes=2", *line, cwd=tmp_path, check=False)
+    assert (mixed.returncode, "put -- before the arguments" in mixed.stderr) == (2, True)
+    assert cluster.run("squeue", "--noheader").stdout == "", "none of them was submitted"
+
+    options = ("--nodes", "2", "--gpus-per-node=2", "-o", "a folder/%j.out")
+    submitted = cluster.run(TRAIN, *options, "--", *line, cwd=tmp_path)
+    assert "4 (2 nodes x 2)" in submitted.stdout
+    (job,) = re.findall(r"^Submitted batch job (\d+)$", submitted.stdout, re.MULTILINE)
+    cluster.wait_for(job, "COMPLETED", timeout=120)
+    assert (tmp_path / "a folder" / f"{job}.out").exists()
+    assert (tmp_path / "run here" / "status").read_text() == "finished\n"
+
+
+def test_a_chain_goes_on_without_requeue_and_cancels_what_is_not_needed(cluster: Cluster, tmp_path: Path) -> None:
+    chain = str(CHECKOUT / "slurm" / "chain.sh")
+    line = (*ARGUMENTS, *SHORT, f"run_dir={tmp_path}/run")
+    submitted = cluster.run(chain, "3", *TWO_NODES, "--", *line, cwd=tmp_path)
+    first, second, third = re.findall(r"^Submitted batch job (\d+)$", submitted.stdout, re.MULTILINE)
+    cluster.wait_until(lambda: any((tmp_path / "run").glob("checkpoints/step_*.pt")), 120, first)
+    assert cluster.show(second)["Reason"] == "Dependency"
+    cluster.cancel(first, "--batch", "--signal=USR1")
+    cluster.wait_for(first, "COMPLETED", timeout=60)
+    assert "; the chain's next job goes on" in cluster.log(first)
+    cluster.wait_for(second, "COMPLETED", timeout=120)
+    cluster.wait_for(third, "CANCELLED")
+    assert (tmp_path / "run" / "status").read_text() == "finished\n"
+    assert [cluster.restarts(job) for job in (first, second, third)] == [0, 0, 0]
+
+
+def test_evaluation_over_two_nodes_finds_what_the_trainer_found(cluster: Cluster, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, "--nodes=1", "--gpus-per-node=2", arguments=("train.max_steps=4",))
+    job.finish()
+    evaluation = cluster.sbatch(
+        *TWO_NODES, str(CHECKOUT / "slurm" / "evaluate.sh"), "run", "device=cpu", "--json", "e.json", cwd=tmp_path
+    )
+    cluster.wait_for(evaluation, "COMPLETED", timeout=60)
+    rows = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
+    (accuracy,) = [row["test/accuracy"] for row in rows if "test/accuracy" in row]
+    assert json.loads((tmp_path / "e.json").read_text())["accuracy"] == accuracy
+
+    wrong = cluster.sbatch(*TWO_NODES, str(CHECKOUT / "slurm" / "evaluate.sh"), "nowhere", cwd=tmp_path)
+    cluster.wait_for(wrong, "FAILED", timeout=60)
+    assert cluster.show(wrong)["ExitCode"] == "2:0"
+    assert "error: there is no checkpoint nowhere" in cluster.log(wrong)
