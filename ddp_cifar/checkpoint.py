@@ -116,7 +116,7 @@ def save_checkpoint(path: Path, state: State) -> None:
 def load_checkpoint(path: Path) -> State:
     """The state in `path`, on the CPU. Raises `UserError` if it is missing, damaged, or not a checkpoint of ours."""
     if not path.exists():
-        raise UserError(f"there is no checkpoint {path}: check resume, or leave it out")
+        raise UserError(f"there is no checkpoint {path}: expected a checkpoint file, or the run_dir of a run")
     state = _read(path)
     missing = [part for part in (*PARTS, "digest") if part not in state] if isinstance(state, dict) else list(PARTS)
     if missing:

@@ -15,7 +15,7 @@ shift
 split_options "$@"
 name=chain-$(date +%Y%m%d-%H%M%S)
 arguments=("run_dir=runs/$name" "${arguments[@]}")
-python -m ddp_cifar.train --dry-run --nodes "$nodes" --nproc-per-node "$ranks" "${arguments[@]}"
+look_before_the_queue
 export CHAIN=1
 for ((i = 0; i < count; i++)); do
   sbatch "${options[@]}" --job-name="$name" --dependency=singleton --no-requeue "$here/train.sh" "${arguments[@]}"

@@ -2,16 +2,12 @@
 # Shared by the scripts of this folder; sourced, not run.
 
 slurm=$(dirname "${BASH_SOURCE[0]}")
+srun_options=()
 # shellcheck disable=SC1091 # a site's own, if there is one
 [ ! -e "$slurm/site.sh" ] || source "$slurm/site.sh"
 # shellcheck source=launch/common.sh
 source "$slurm/../launch/common.sh"
 export PYTHONPATH="$checkout${PYTHONPATH:+:$PYTHONPATH}"
-if ! command -v torchrun >/dev/null; then
-  echo "error: torchrun is not on PATH: set up the environment in slurm/site.sh, or make one with \`make install\`" >&2
-  exit 2
-fi
-
 if [ -n "${SLURM_JOB_ID:-}" ]; then
   # an array's last task has the array's own number as SLURM_JOB_ID
   job=$SLURM_JOB_ID
@@ -35,7 +31,7 @@ start_nodes() {
   export LOG_DIR=$1
   shift
   srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=1 --label \
-    "$checkout/launch/node.sh" "$@" </dev/null &
+    "${srun_options[@]}" "$checkout/launch/node.sh" "$@" </dev/null &
   # shellcheck disable=SC2034 # for who called
   step=$!
 }
@@ -53,7 +49,7 @@ describe_job() {
   log=$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p' | head -n 1)
   cat <<END
 job $job, $2. Nodes: $NNODES ($SLURM_JOB_NODELIST), which meet at $HEAD; ranks on each: $NPROC_PER_NODE; cores: $cores.
-run_dir: $1. To follow: tail -f $log. To stop: touch $1/STOP (saves and ends), or scancel --batch --signal=USR1 $job
+run_dir: $1. To follow: ${log:+tail -f }${log:-this terminal}. To stop: touch $1/STOP (saves and ends), or scancel --batch --signal=USR1 $job
 (saves and is requeued), or scancel $job (ends; what is not saved within Slurm's KillWait is lost).
 END
   if [ "$cores" -lt "$NPROC_PER_NODE" ]; then
@@ -61,12 +57,19 @@ END
   fi
 }
 
+# look ARGUMENT...: train --dry-run for the job; by srun where that is what has python, as in a container.
+look() {
+  local by_srun=()
+  [ ${#srun_options[@]} = 0 ] || by_srun=(srun --nodes=1 --ntasks=1 --export=ALL "${srun_options[@]}")
+  "${by_srun[@]}" python -m ddp_cifar.train --dry-run --nodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" "$@" </dev/null
+}
+
 # look_and_submit SCRIPT [SBATCH_OPTION ...] -- [ARGUMENT ...]: train --dry-run, then sbatch.
 look_and_submit() {
   local script=$1
   shift
   split_options "$@"
-  python -m ddp_cifar.train --dry-run --nodes "$nodes" --nproc-per-node "$ranks" "${arguments[@]}" || exit $?
+  look_before_the_queue
   sbatch "${options[@]}" "$script" "${arguments[@]}"
 }
 
@@ -104,4 +107,13 @@ split_options() {
     shift
   done
   ranks=${NPROC_PER_NODE:-$ranks}
+}
+
+# look_before_the_queue: train --dry-run, here, for what split_options has found.
+look_before_the_queue() {
+  if ! command -v torchrun >/dev/null; then
+    echo "error: torchrun is not on PATH: set up the environment in slurm/site.sh, or make one with \`make install\`" >&2
+    exit 2
+  fi
+  python -m ddp_cifar.train --dry-run --nodes "$nodes" --nproc-per-node "$ranks" "${arguments[@]}"
 }

@@ -64,9 +64,9 @@ go_on() {
   exit 1
 }
 
-# end WHAT: this job does not go on.
+# end [WHAT]: this job does not go on.
 end() {
-  echo "job $job: $1"
+  [ $# = 0 ] || echo "job $job: $1"
   [ -z "${CHAIN:-}" ] || scancel --name="$SLURM_JOB_NAME" --state=PENDING || true # the jobs that would have gone on
   exit "$status"
 }
@@ -75,11 +75,13 @@ step='' asked='' ended=''
 trap 'asked=1 interrupted=1; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true' USR1 # srun hands it to the nodes
 trap 'ended=1 interrupted=1' TERM # cancelled, preempted or requeued: Slurm has settled what becomes of the job, and tells the nodes itself
 describe_job "$run_dir" "start $((requeues + 1)), which can be requeued $((max_requeues - requeues)) times"
-if [ "$requeues" = 0 ]; then
-  python -m ddp_cifar.train --dry-run --nodes "$SLURM_NNODES" --nproc-per-node "$NPROC_PER_NODE" "${arguments[@]}"
-fi
 
 status=0
+if [ "$requeues" = 0 ]; then
+  look "${arguments[@]}" || status=$?
+  [ "$status" != 2 ] || end # a mistake; if it could not look, the start will tell
+  status=0
+fi
 if [ -z "$asked$ended" ]; then
   start_nodes "$run_dir/logs/start-$job" "${arguments[@]}"
   finish_nodes
@@ -90,9 +92,8 @@ case $ended,$status,$state in
   1,*) end "Slurm has ended this job; it is not requeued from here. The run: $state" ;;
   ,0,"stopped: the file STOP"*) end "the run was $state; sbatch with run_dir=$run_dir goes on" ;;
   ,0,stopped*) go_on "the run was $state" ;;
-  ,0,*) [ -z "$asked" ] || [ "$state" = finished ] || go_on "asked to stop before it had started" ;;
-  ,[23],*) ;; # a mistake, or a checkpoint that could not be saved: the line above tells
-  ,*,finished | ,*,failed*) ;;
+  ,0,finished) end "the run: $state" ;;
+  ,0,*) go_on "asked to stop before the run had started" ;;
+  ,[23],* | ,*,finished | ,*,failed*) end ;; # a mistake, a checkpoint that could not be saved, an error: the line above tells
   *) go_on "the run has crashed ($state)" ;;
 esac
-end "the run: $state"

@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from documented import commands_of, copy_checkout
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_mistakes import TINY
 
 Shell = Callable[..., Any]
+
+README = commands_of(
+    "launch/README.md",
+    one="^launch/local.sh",
+    two_ranks="run_dir=runs/two ranks",
+    two_nodes="NNODES=2 NPROC_PER_NODE=2",
+    evaluate="MODULE=",
+    by_hand="HEAD=",
+)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -94,3 +104,17 @@ def test_a_wrong_setting_of_a_script(shell: Shell, script: str, setting: dict[st
     assert outcome.status == 2
     assert len(outcome.err.splitlines()) == 1
     assert expected in outcome.err
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_on_launch(shell: Shell, tmp_path: Path) -> None:
+    """But for the one for several machines, which tests/slurm has."""
+    copy = copy_checkout(tmp_path)
+    short = " ".join((*TINY, "train.micro_batch_size=8"))
+    for name, run_dir in (("one", "demo"), ("two_ranks", "two ranks"), ("two_nodes", "two-nodes")):
+        done = shell("bash", "-c", f"{README[name]} {short}", cwd=copy)
+        assert done.status == 0, done.err
+        assert (copy / "runs" / run_dir / "status").read_text() == "finished\n"
+    done = shell("bash", "-c", README["evaluate"], cwd=copy)
+    assert done.status == 0, done.err
+    assert "runs/demo/checkpoints/step_00000002.pt (epoch 1, step 2), test: 20 images" in done.out

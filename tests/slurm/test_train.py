@@ -5,11 +5,14 @@ What a run comes to after it is compared with a run of as many ranks on one mach
 
 import json
 import re
+import shlex
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from documented import commands_of, copy_checkout
 from launched import ARGUMENTS, CHECKOUT, SHORT, Result, Run
 from slurm_cluster import Cluster
 
@@ -19,6 +22,24 @@ TRAIN = str(CHECKOUT / "slurm" / "train.sh")
 TWO_NODES = ("--nodes=2", "--gpus-per-node=2")
 LONG = ("train.epochs=8",)
 REPRODUCIBLE = ("train.reproducible=true",)
+README = commands_of(
+    "slurm/README.md",
+    plain="^sbatch slurm/train.sh",
+    two_nodes="^sbatch --nodes=2 .* slurm/train.sh",
+    by_hand="^slurm/train.sh",
+    array="--array=1-3",
+    salloc="salloc",
+    chain="^slurm/chain.sh",
+    evaluate="slurm/evaluate.sh",
+)
+"""Its commands, which tests run from a copy of the checkout, with the arguments of a short run behind them."""
+
+
+def submit(cluster: Cluster, checkout: Path, command: str, *arguments: str) -> list[str]:
+    """A command of the README, and more arguments; the jobs that it has submitted."""
+    line = f"{command} {shlex.join(arguments)}"
+    said = cluster.run("bash", "-c", line, cwd=checkout, timeout=90).stdout
+    return re.findall(r"^Submitted batch job (\d+)$", said, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -212,23 +233,22 @@ def test_a_mistake_that_only_the_run_finds_is_not_requeued(cluster: Cluster, tmp
     job.wait_for("FAILED")
     assert cluster.show(job.id)["ExitCode"] == "2:0"
     assert cluster.restarts(job.id) == 0
-    error, end = job.log.splitlines()[-2:]
-    assert re.match(r"\[rank \d\] error: .*0\.png cannot be decoded", error)
-    assert end == f"job {job.id}: the run: never started"
+    assert re.match(r"\[rank \d\] error: .*0\.png cannot be decoded", job.log.splitlines()[-1])
 
 
 def test_of_an_array_only_the_stopped_task_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
-    line = (*ARGUMENTS, "train.epochs=1", "train.global_batch_size=16", "seed=%a", "run_dir=run %a")
-    array = cluster.sbatch("--array=1-3", TRAIN, *line, cwd=tmp_path)
-    cluster.wait_until(lambda: any((tmp_path / "run 2").glob("checkpoints/step_*.pt")), 120, array)
+    copy = copy_checkout(tmp_path)
+    line = (*ARGUMENTS, "train.epochs=1", "train.global_batch_size=16", "run_dir=run %a")
+    (array,) = submit(cluster, copy, README["array"], *line)
+    cluster.wait_until(lambda: any((copy / "run 2").glob("checkpoints/step_*.pt")), 120, array)
     cluster.cancel(f"{array}_2", "--batch", "--signal=USR1")
     cluster.wait_for(array, "COMPLETED", timeout=200)
     assert [cluster.restarts(f"{array}_{task}") for task in (1, 2, 3)] == [0, 1, 0]
     for task in (1, 2, 3):
-        state = load_checkpoint(tmp_path / f"run {task}" / "checkpoints" / "latest.pt")
+        state = load_checkpoint(copy / f"run {task}" / "checkpoints" / "latest.pt")
         assert state["config"]["seed"] == task
-        assert (tmp_path / f"run {task}" / "status").read_text() == "finished\n"
-    assert sorted(path.name for path in tmp_path.glob("slurm-*")) == [f"slurm-{array}_{task}.out" for task in (1, 2, 3)]
+        assert (copy / f"run {task}" / "status").read_text() == "finished\n"
+    assert sorted(path.name for path in copy.glob("slurm-*")) == [f"slurm-{array}_{task}.out" for task in (1, 2, 3)]
 
 
 def test_requeues_have_a_bound(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,9 +287,40 @@ def test_a_node_lost_and_continued_on_half_the_ranks_by_hand_gives_the_same_bits
     assert result == unbroken(*arguments)
 
 
+def test_the_script_of_a_copy_runs_that_copy_with_what_its_site_needs(cluster: Cluster, tmp_path: Path) -> None:
+    copy = copy_checkout(tmp_path)
+    (copy / "slurm" / "site.sh").write_text("export NPROC_PER_NODE=2; echo 'the site was here'\n")
+    with open(copy / "ddp_cifar" / "__init__.py", "a") as file:
+        file.write("print('this is the copy')\n")
+    (job,) = submit(cluster, copy, README["plain"], *ARGUMENTS, "train.max_steps=2")
+    cluster.wait_for(job, "COMPLETED", timeout=60)
+    log = cluster.log(job)
+    assert "the site was here" in log
+    assert "0: this is the copy" in log
+    assert "32 images a step = 2 ranks x 8 images x 2 micro-batches" in log
+    assert f"run_dir: runs/ddp_cifar-{job}. To follow: tail -f {copy}/slurm-{job}.out." in log
+    run_dir = copy / "runs" / f"ddp_cifar-{job}"
+    assert (run_dir / "status").read_text() == "finished\n"
+
+    (evaluation,) = submit(
+        cluster, copy, README["evaluate"].replace("runs/demo", str(run_dir.relative_to(copy))), "device=cpu"
+    )
+    cluster.wait_for(evaluation, "COMPLETED", timeout=60)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    (accuracy,) = [row["test/accuracy"] for row in rows if "test/accuracy" in row]
+    assert json.loads((copy / "evaluation.json").read_text())["accuracy"] == accuracy
+
+    wrong = cluster.sbatch(*TWO_NODES, str(copy / "slurm" / "evaluate.sh"), "nowhere", cwd=tmp_path)
+    cluster.wait_for(wrong, "FAILED", timeout=60)
+    assert cluster.show(wrong)["ExitCode"] == "2:0"
+    assert cluster.log(wrong).splitlines()[-1].startswith("[rank ")
+    assert "error: there is no checkpoint nowhere: expected" in cluster.log(wrong).splitlines()[-1]
+    assert not list(tmp_path.glob(".evaluate-*"))
+
+
 def test_run_by_hand_it_looks_first_and_submits(cluster: Cluster, tmp_path: Path) -> None:
-    line = (*ARGUMENTS, *SHORT, "run_dir=run here")
-    options = ("--nodes", "2", "--gpus-per-node=stand-in:2", "-o", "a folder/%j.out")
+    line = (*ARGUMENTS, "train.max_steps=2", "run_dir=run here")
+    options = ("--nodes", "2", "--gpus-per-node=a-kind:2", "-o", "a folder/%j.out")
     typo = cluster.run(TRAIN, *options, "--", *line, "optim.lrr=1", cwd=tmp_path, check=False)
     assert typo.returncode == 2
     assert "did you mean optim.lr?" in typo.stderr.splitlines()[-1]
@@ -279,43 +330,49 @@ def test_run_by_hand_it_looks_first_and_submits(cluster: Cluster, tmp_path: Path
     assert (mixed.returncode, "put -- before the arguments" in mixed.stderr) == (2, True)
     assert cluster.run("squeue", "--noheader").stdout == "", "none of them was submitted"
 
-    options = ("--nodes", "2", "--gpus-per-node=2", "-o", "a folder/%j.out")
-    submitted = cluster.run(TRAIN, *options, "--", *line, cwd=tmp_path)
-    assert "4 (2 nodes x 2)" in submitted.stdout
-    (job,) = re.findall(r"^Submitted batch job (\d+)$", submitted.stdout, re.MULTILINE)
-    cluster.wait_for(job, "COMPLETED", timeout=120)
-    assert (tmp_path / "a folder" / f"{job}.out").exists()
-    assert (tmp_path / "run here" / "status").read_text() == "finished\n"
+    copy = copy_checkout(tmp_path)
+    command = README["by_hand"].replace(" -- ", " -o 'a folder/%j.out' -- ")
+    (job,) = submit(cluster, copy, command, *line)
+    cluster.wait_for(job, "COMPLETED", timeout=60)
+    log = (copy / "a folder" / f"{job}.out").read_text()
+    assert "4 (2 nodes x 2)" in log
+    assert (copy / "run here" / "status").read_text() == "finished\n"
+
+
+def test_in_an_allocation_of_ones_own(cluster: Cluster, tmp_path: Path) -> None:
+    copy = copy_checkout(tmp_path)
+    command = f"{README['salloc']} {shlex.join((*ARGUMENTS, 'train.max_steps=2', 'run_dir=run'))}"
+    done = cluster.run("bash", "-c", command, cwd=copy, timeout=60)
+    assert "32 images a step = 2 ranks x 8 images x 2 micro-batches" in done.stdout
+    assert "To follow: this terminal." in done.stdout
+    assert (copy / "run" / "status").read_text() == "finished\n"
 
 
 def test_a_chain_goes_on_without_requeue_and_cancels_what_is_not_needed(cluster: Cluster, tmp_path: Path) -> None:
-    chain = str(CHECKOUT / "slurm" / "chain.sh")
-    line = (*ARGUMENTS, *SHORT, f"run_dir={tmp_path}/run")
-    submitted = cluster.run(chain, "3", *TWO_NODES, "--", *line, cwd=tmp_path)
-    first, second, third = re.findall(r"^Submitted batch job (\d+)$", submitted.stdout, re.MULTILINE)
-    cluster.wait_until(lambda: any((tmp_path / "run").glob("checkpoints/step_*.pt")), 120, first)
+    copy = copy_checkout(tmp_path)
+    first, second, *others = submit(cluster, copy, README["chain"], *ARGUMENTS, *SHORT)
+    assert len(others) == 6
+    cluster.wait_until(lambda: any(copy.glob("runs/chain-*/checkpoints/step_*.pt")), 120, first)
     assert cluster.show(second)["Reason"] == "Dependency"
     cluster.cancel(first, "--batch", "--signal=USR1")
     cluster.wait_for(first, "COMPLETED", timeout=60)
     assert "; the chain's next job goes on" in cluster.log(first)
     cluster.wait_for(second, "COMPLETED", timeout=120)
-    cluster.wait_for(third, "CANCELLED")
-    assert (tmp_path / "run" / "status").read_text() == "finished\n"
-    assert [cluster.restarts(job) for job in (first, second, third)] == [0, 0, 0]
+    for job in others:
+        cluster.wait_for(job, "CANCELLED")
+    (run_dir,) = copy.glob("runs/chain-*")
+    assert (run_dir / "status").read_text() == "finished\n"
+    assert [cluster.restarts(job) for job in (first, second)] == [0, 0]
 
 
-def test_evaluation_over_two_nodes_finds_what_the_trainer_found(cluster: Cluster, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, "--nodes=1", "--gpus-per-node=2", arguments=("train.max_steps=4",))
-    job.finish()
-    evaluation = cluster.sbatch(
-        *TWO_NODES, str(CHECKOUT / "slurm" / "evaluate.sh"), "run", "device=cpu", "--json", "e.json", cwd=tmp_path
+def test_nodes_that_are_started_by_hand_meet(cluster: Cluster, tmp_path: Path) -> None:
+    """launch/README.md's command on two of the machines, without Slurm's help."""
+    copy = copy_checkout(tmp_path)
+    (command,) = (
+        line.strip() for line in (copy / "launch" / "README.md").read_text().splitlines() if "HEAD=node1" in line[:20]
     )
-    cluster.wait_for(evaluation, "COMPLETED", timeout=60)
-    rows = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
-    (accuracy,) = [row["test/accuracy"] for row in rows if "test/accuracy" in row]
-    assert json.loads((tmp_path / "e.json").read_text())["accuracy"] == accuracy
-
-    wrong = cluster.sbatch(*TWO_NODES, str(CHECKOUT / "slurm" / "evaluate.sh"), "nowhere", cwd=tmp_path)
-    cluster.wait_for(wrong, "FAILED", timeout=60)
-    assert cluster.show(wrong)["ExitCode"] == "2:0"
-    assert "error: there is no checkpoint nowhere" in cluster.log(wrong)
+    line = f"cd {shlex.quote(str(copy))}; {command} {shlex.join(ARGUMENTS)} train.max_steps=2 run_dir=runs/by-hand"
+    with ThreadPoolExecutor() as machines:
+        done = list(machines.map(lambda node: cluster.on(node, "bash", "-c", line), ("node1", "node2")))
+    assert "32 images a step = 2 ranks x 8 images x 2 micro-batches" in "".join(each.stdout for each in done)
+    assert (copy / "runs" / "by-hand" / "status").read_text() == "finished\n"
