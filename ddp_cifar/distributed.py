@@ -16,7 +16,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_cifar.errors import UserError
@@ -178,27 +179,43 @@ def place_from_environment() -> tuple[int, int]:
     return rank, world_size
 
 
+def open_store(timeout: timedelta = COLLECTIVE_TIMEOUT) -> Store:
+    """The store that torchrun's environment describes, where ranks meet before a group opens; or one of this process alone.
+
+    Raises torch's `DistError` if it cannot be reached within `timeout`.
+    """
+    if "RANK" not in os.environ:
+        return HashStore()
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    return cast(Store, store)
+
+
 @contextlib.contextmanager
-def open_world(device: str = "auto", backend: str = "auto") -> Iterator[World]:
+def open_world(
+    device: str = "auto", backend: str = "auto", store: Store | None = None, timeout: timedelta = COLLECTIVE_TIMEOUT
+) -> Iterator[World]:
     """Open the process group that torchrun's environment describes, or one of this process alone.
 
-    `device` is auto, cpu, cuda or mps; `backend` auto, gloo or nccl. Raises `UserError` if the machine cannot serve them.
+    `device` is auto, cpu, cuda or mps; `backend` auto, gloo or nccl. Ranks meet in `store`, else in one of the group's own;
+    collectives fail after `timeout`. Raises `UserError` if the machine cannot serve them.
     """
     rank, world_size = place_from_environment()
-    local_rank, local_world_size = _from_environment("LOCAL_RANK", 0), _from_environment("LOCAL_WORLD_SIZE", 1)
-    own = _pick_device(device, local_rank, local_world_size, world_size)
+    local_rank, local_world_size = local_place()
+    own = pick_device(device, local_rank, local_world_size, world_size)
     backend = ("nccl" if own.type == "cuda" else "gloo") if backend == "auto" else backend
     if backend == "nccl" and own.type != "cuda":
         raise UserError(f"backend=nccl needs a GPU, found device {own.type}: use backend=gloo, or leave it out")
-    options: dict[str, Any] = {"backend": backend, "timeout": COLLECTIVE_TIMEOUT}
+    options: dict[str, Any] = {"backend": backend, "timeout": timeout}
     if own.type == "cuda":
         torch.cuda.set_device(own)
         if backend == "nccl":
             options["device_id"] = own
     if "RANK" not in os.environ:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]  # needs no port
+        options |= {"store": HashStore(), "rank": 0, "world_size": 1}  # needs no port
     try:
-        if _is_restarted_on_a_used_store():
+        if store is not None:
+            options |= {"store": PrefixStore("world", store), "rank": rank, "world_size": world_size}
+        elif _is_restarted_on_a_used_store():
             options |= {"store": _unused_part_of_the_store(), "rank": rank, "world_size": world_size}
         dist.init_process_group(**options)
     except (RuntimeError, ValueError, dist.DistError) as error:
@@ -208,10 +225,21 @@ def open_world(device: str = "auto", backend: str = "auto") -> Iterator[World]:
             f"rank {rank} on {socket.gethostname()} could not join the {world_size} ranks at {host}:{port} over {backend} "
             f"({reason}): start all ranks with torchrun, and check that this host reaches that address"
         ) from error
-    side = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT))
+    side = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
     yield World(rank, local_rank, world_size, local_world_size, own, backend, side)
     # not in a `finally`: after an error the peers may be gone, and leaving in good order would wait for them
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def open_world_alone() -> Iterator[World]:
+    """A world of this process alone, on the CPU, whatever its environment says."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    group = dist.distributed_c10d._get_default_group()
+    try:
+        yield World(0, 0, 1, 1, torch.device("cpu"), "gloo", group)
+    finally:
+        dist.destroy_process_group()
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -271,7 +299,13 @@ def _from_environment(name: str, default: int) -> int:
         ) from None
 
 
-def _pick_device(device: str, local_rank: int, local_world_size: int, world_size: int) -> torch.device:
+def local_place() -> tuple[int, int]:
+    """(LOCAL_RANK, LOCAL_WORLD_SIZE) as torchrun sets them, or (0, 1)."""
+    return _from_environment("LOCAL_RANK", 0), _from_environment("LOCAL_WORLD_SIZE", 1)
+
+
+def pick_device(device: str, local_rank: int, local_world_size: int, world_size: int) -> torch.device:
+    """This rank's own device of the kind auto, cpu, cuda or mps. Raises `UserError` if the machine has none for it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":

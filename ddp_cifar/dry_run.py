@@ -5,6 +5,7 @@ model and the optimizer make a step. Prints what the run would be.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ def dry_run(argv: Sequence[str]) -> int:
     model = build_model(config.model, len(dataset.classes), dataset.train.image_size)
     if not resumed and config.model.init != "random":
         load_weights(model, load_init(config.model.init), config.model.init, new_head=True)
+    footprint = footprint_of(config, plan, dataset, model)
     lines = {
         "run_dir": f"{config.run_dir} ({_state(config, resumed)})",
         "data": f"{config.data.name}: {_sizes(dataset)}",
@@ -62,7 +64,10 @@ def dry_run(argv: Sequence[str]) -> int:
         "ranks": f"{world_size} ({options.nodes} nodes x {options.nproc_per_node})",
         "a step": str(plan),
         "in all": _steps(config, plan),
-        **_memory(config, plan, dataset, model),
+        "memory a rank": f"about {_mb(footprint.memory)}, beside what the backend takes: weights, gradients and optimizer "
+        f"{_mb(footprint.state)}, activations of a micro-batch {_mb(footprint.activations)}, images {_mb(footprint.images)}",
+        "a checkpoint": f"{_mb(footprint.checkpoint)}; {config.checkpoint.keep} are kept: "
+        f"{_mb(footprint.checkpoint * config.checkpoint.keep)}",
     }
     show("\n".join(f"{name:<14} {text}" for name, text in lines.items()))
     return 0
@@ -91,28 +96,38 @@ def _steps(config: Config, plan: BatchPlan) -> str:
     return f"{config.train.epochs} epochs, {steps:,} steps"
 
 
-def _memory(config: Config, plan: BatchPlan, dataset: DataSet, model: nn.Module) -> dict[str, str]:
-    """What a rank holds on its device, and a checkpoint's size; by one step of two images and one of four."""
+@dataclass(frozen=True)
+class Footprint:
+    """What a rank holds on its device, and what a checkpoint holds, in bytes."""
+
+    state: float
+    """Weights, gradients, the optimizer's own, and the average of the weights."""
+    activations: float
+    """Of a micro-batch: what autograd keeps for the backward pass."""
+    images: float
+    checkpoint: float
+
+    @property
+    def memory(self) -> float:
+        return self.state + self.activations + self.images
+
+
+def footprint_of(config: Config, plan: BatchPlan, dataset: DataSet, model: nn.Module) -> Footprint:
+    """By one forward pass over two images and one over four, and an update, on the CPU; the model is changed by it."""
     optimizer = build_optimizer(model, config.optim)
     weights = _num_bytes(model.state_dict())
     gradients = _num_bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
     two, four = (_saved_bytes(model, count, dataset.train.image_size, config.precision) for count in (2, 4))
     an_image = (four - two) / 2
-    activations = two + an_image * (plan.global_batch_size / plan.num_micro_batches - 2)
     optimizer.step()
     moments = _num_bytes(optimizer.state_dict())
     average = weights if config.train.ema_decay else 0
-    images = _num_bytes([split.images for split in (dataset.train, dataset.test) if split])
-    saved = weights + moments + average
-    state, total = (
-        weights + gradients + moments + average,
-        weights + gradients + moments + average + activations + images,
+    return Footprint(
+        state=weights + gradients + moments + average,
+        activations=two + an_image * (plan.global_batch_size / plan.num_micro_batches - 2),
+        images=_num_bytes([split.images for split in (dataset.train, dataset.test) if split]),
+        checkpoint=weights + moments + average,
     )
-    return {
-        "memory a rank": f"about {_mb(total)}, beside what the backend takes: weights, gradients and optimizer {_mb(state)}, "
-        f"activations of a micro-batch {_mb(activations)}, images {_mb(images)}",
-        "a checkpoint": f"{_mb(saved)}; {config.checkpoint.keep} are kept: {_mb(saved * config.checkpoint.keep)}",
-    }
 
 
 def _saved_bytes(model: nn.Module, count: int, image_size: int, precision: str) -> int:

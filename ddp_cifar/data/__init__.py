@@ -2,13 +2,14 @@
 
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from ddp_cifar.config import DataConfig
-from ddp_cifar.data.cifar10 import outline_cifar10, read_cifar10
+from ddp_cifar.data.cifar10 import files_of_cifar10, outline_cifar10, read_cifar10
 from ddp_cifar.data.dataset import DataSet, Split
-from ddp_cifar.data.imagefolder import outline_imagefolder, read_imagefolder
+from ddp_cifar.data.imagefolder import files_of_imagefolder, outline_imagefolder, read_imagefolder
 from ddp_cifar.data.shapes import draw_shapes, outline_shapes
 from ddp_cifar.distributed import World
 from ddp_cifar.errors import UserError
@@ -29,6 +30,14 @@ OUTLINES: dict[str, Callable[[DataConfig], DataSet]] = {
     "shapes": outline_shapes,
 }
 """Name -> function that looks at files without reading them, and gives the data set's shape."""
+
+
+FILES: dict[str, Callable[[DataConfig], list[Path]]] = {
+    "cifar10": files_of_cifar10,
+    "imagefolder": files_of_imagefolder,
+    "shapes": lambda config: [],
+}
+"""Name -> the files that the data set is read from."""
 
 
 def build_dataset(config: DataConfig, world: World) -> DataSet:
@@ -55,6 +64,11 @@ def build_dataset(config: DataConfig, world: World) -> DataSet:
             f"the ranks do not read the same data: rank 0 has {main}{here}; is data.root the same on every node?"
         )
     return dataset
+
+
+def files_of(config: DataConfig) -> list[Path]:
+    """The files that the data set is read from, some of which may not be there; none for one of the user's own."""
+    return FILES[config.name](config) if config.name in FILES else []
 
 
 def outline_dataset(config: DataConfig, world: World) -> DataSet:

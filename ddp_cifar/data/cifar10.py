@@ -53,10 +53,14 @@ def read_cifar10(config: DataConfig, world: World) -> DataSet:
     return DataSet(_split(train), _split(test), tuple(train.classes))
 
 
+def files_of_cifar10(config: DataConfig) -> list[Path]:
+    """The seven files that a download leaves in `config.root`."""
+    return [Path(config.root) / "cifar-10-batches-py" / name for name in FILES]
+
+
 def outline_cifar10(config: DataConfig) -> DataSet:
     """CIFAR-10's shape; a warning if it is not in `config.root`."""
-    folder = Path(config.root) / "cifar-10-batches-py"
-    if not all((folder / name).is_file() for name in FILES):
+    if not all(path.is_file() for path in files_of_cifar10(config)):
         log.warning(
             f"CIFAR-10 is not in data.root={config.root} yet: the run downloads it, where its nodes have a way out; "
             f"python -m ddp_cifar.prepare has it there beforehand"

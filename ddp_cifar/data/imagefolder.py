@@ -73,6 +73,12 @@ def read_imagefolder(config: DataConfig, world: World) -> DataSet:
     return DataSet(splits["train"], splits.get("test"), classes)
 
 
+def files_of_imagefolder(config: DataConfig) -> list[Path]:
+    """The images under `config.root`. Raises `UserError` as `outline_imagefolder` does."""
+    tree, _ = _look(config)
+    return [Path(config.root, file.name) for files in tree.splits.values() for file in files]
+
+
 def outline_imagefolder(config: DataConfig) -> DataSet:
     """The shape of the images under `config.root`, by their names; said if they are not decoded yet.
 

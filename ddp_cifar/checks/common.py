@@ -1,0 +1,244 @@
+"""What ranks have in common: that all are there, software, data, names, one run_dir for all nodes."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ddp_cifar.checks.here import Here, LeftOut, Problem
+from ddp_cifar.run_dir import RunDir
+
+RUN_DIR_HINT = "see to it that run_dir is on a file system that all nodes share"
+
+
+def compare(here: Here) -> None:
+    """The checks of what is the same on all ranks, by their facts."""
+    here.check("arrival", check_arrival)
+    here.check("versions", check_versions)
+    here.check("own device", check_own_device)
+    here.check("same data", check_same_data)
+    here.check("names", check_names)
+    here.check("run_dir", check_run_dir, RUN_DIR_HINT)
+
+
+def missing_ranks(here: Here) -> list[str]:
+    """Who has not arrived, in words, by elimination."""
+    arrived = {facts["rank"]: facts["host"] for facts in here.everyone}
+    hosts = {rank // here.local_world_size: host for rank, host in arrived.items()}
+    lines = []
+    for rank in range(here.world_size):
+        if rank not in arrived:
+            where = hosts.get(rank // here.local_world_size, f"node {rank // here.local_world_size}")
+            lines.append(f"rank {rank} on {where}")
+    expected = here.options.hosts.split(",") if here.options.hosts else []
+    lines += [
+        f"the node {host}"
+        for host in expected
+        if host.split(".")[0] not in {each.split(".")[0] for each in arrived.values()}
+    ]
+    absent = here.num_nodes - here.world_size // here.local_world_size
+    if absent > 0 and not expected:
+        lines.append(f"{absent} of {here.num_nodes} nodes (found: {', '.join(sorted(set(arrived.values())))})")
+    return lines
+
+
+def check_arrival(here: Here) -> str:
+    """All ranks are there, on the nodes that were asked for."""
+    if missing := missing_ranks(here):
+        raise Problem(
+            f"not there after {here.options.patience:.0f} s: {', '.join(missing)}",
+            "look at that node: is it up, does the environment start there, does it reach this one?",
+        )
+    per_node = Counter(facts["host"] for facts in here.everyone)
+    if len(set(per_node.values())) > 1:
+        raise Problem(
+            f"nodes have different numbers of ranks: {dict(per_node)}", "set NPROC_PER_NODE, the same on all nodes"
+        )
+    if here.options.hosts and (unexpected := set(per_node) - set(here.options.hosts.split(","))):
+        raise Problem(
+            f"ranks on {', '.join(sorted(unexpected))}, which are not among {here.options.hosts}",
+            "the launcher and the scheduler differ: is another job meeting at the same port?",
+            is_warning=True,
+        )
+    return f"{here.world_size} ranks on {len(per_node)} nodes"
+
+
+def odd_one_out(here: Here, values: dict[int, Any]) -> tuple[Any, Any] | None:
+    """(this rank's value, the value that most ranks have), if they differ; rank 0's counts where none has the most."""
+    if here.rank not in values:
+        return None
+    counts = Counter(json.dumps(value) for value in values.values())
+    most, first = max(counts.values()), json.dumps(values[min(values)])
+    usual = first if counts[first] == most else max(counts, key=counts.__getitem__)
+    own = json.dumps(values[here.rank])
+    return None if own == usual else (json.loads(own), json.loads(usual))
+
+
+def check_versions(here: Here) -> str:
+    """Software is what it is on most ranks."""
+    if odd := odd_one_out(here, {facts["rank"]: facts["versions"] for facts in here.everyone}):
+        own, usual = odd
+        different = [
+            f"{name} {own.get(name, 'none')}, others {usual.get(name, 'none')}"
+            for name in own | usual
+            if own.get(name) != usual.get(name)
+        ]
+        raise Problem(
+            f"{here.host} has {'; '.join(different)}",
+            "use one environment and one checkout, on a folder that all nodes see",
+        )
+    return ", ".join(f"{name} {version}" for name, version in here.facts["versions"].items())
+
+
+def check_own_device(here: Here) -> str:
+    """No two ranks share a GPU."""
+    if "device" not in here.facts:
+        raise LeftOut
+    sharing = [
+        facts["rank"]
+        for facts in here.everyone
+        if facts.get("device") == here.facts["device"] and facts["rank"] != here.rank
+    ]
+    if sharing:
+        raise Problem(
+            f"its GPU is also that of rank {', '.join(map(str, sharing))}",
+            "one agent a node: --ntasks-per-node=1, and NPROC_PER_NODE its GPUs",
+        )
+    return "its own"
+
+
+def check_same_data(here: Here) -> str:
+    """The data's files have the bytes that they have on most nodes."""
+    if "data" not in here.facts:
+        raise LeftOut
+    if odd := odd_one_out(here, {facts["rank"]: facts["data"] for facts in here.everyone if "data" in facts}):
+        raise Problem(
+            f"the files of data.root={here.config.data.root} on {here.host} are not those of the other nodes (sha256 "
+            f"{odd[0][:8]}, others {odd[1][:8]})",
+            "copy them anew, or use one folder that all nodes see",
+        )
+    return f"sha256 {here.facts['data'][:8]}"
+
+
+def check_names(here: Here) -> str:
+    """The other nodes' names lead to their addresses from here as well."""
+    if not here.is_first_of_node or here.num_nodes == 1:
+        raise LeftOut
+    wrong = []
+    for host, facts in {facts["host"]: facts for facts in here.everyone}.items():
+        if host == here.host or "address" not in facts:
+            continue
+        try:
+            found = {str(info[4][0]) for info in socket.getaddrinfo(host, None, socket.AF_INET)}
+        except OSError:
+            found = set()
+        if not found & set(facts["addresses"]):
+            wrong.append(f"{host} leads to {', '.join(sorted(found)) or 'nothing'}, it is {facts['address']}")
+    if wrong:
+        raise Problem(f"seen from {here.host}: {'; '.join(wrong)}", "mend /etc/hosts or the DNS there", is_warning=True)
+    return "as seen from here"
+
+
+def check_run_dir(here: Here) -> str:
+    """run_dir is one folder for all nodes: what one writes, fsyncs and renames, the others read; a lock is everybody's."""
+    run_dir, patience = RunDir(here.config.run_dir).path, here.options.patience
+    try:
+        if here.rank == 0:
+            here.store.set("run_dir/name", f".preflight-{uuid.uuid4().hex[:8]}")
+        folder = run_dir / here.store.get("run_dir/name").decode()
+        if here.rank == 0:
+            new = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+            return _first_of_run_dir(here, folder, new)
+        if not here.is_first_of_node:
+            raise LeftOut
+        here.store.wait(["run_dir/written"], timedelta(seconds=patience))
+        if here.store.get("run_dir/written") != b"yes":
+            raise LeftOut  # rank 0 has said why
+        _expect_file(
+            folder / "rank_0",
+            patience / 6,
+            f"run_dir={run_dir} on {here.host} is not the folder that it is on {here.everyone[0]['host']}",
+        )
+        _write_file(folder / f"rank_{here.rank}")
+        with open(folder / "lock") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return "shared"
+        raise Problem(
+            f"a lock on run_dir={run_dir} does not hold on other nodes",
+            "see to it that no two jobs use one run_dir",
+            is_warning=True,
+        )
+    except OSError as error:
+        raise Problem(f"run_dir={run_dir}: {error.strerror} ({error.filename})", RUN_DIR_HINT) from error
+    finally:
+        here.store.set(f"run_dir/{here.rank}", "done")
+
+
+def _first_of_run_dir(here: Here, folder: Path, new: Sequence[Path]) -> str:
+    others = [facts for facts in here.everyone if facts["local_rank"] == 0 and facts["rank"] != 0]
+    written = b"no"
+    try:
+        try:
+            folder.mkdir(parents=True)
+            with open(folder / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _write_file(folder / "rank_0")
+                written = b"yes"
+                here.store.set("run_dir/written", written)
+                with contextlib.suppress(dist.DistError):
+                    here.store.wait(
+                        [f"run_dir/{facts['rank']}" for facts in others], timedelta(seconds=here.options.patience)
+                    )
+        finally:
+            if written == b"no":
+                here.store.set("run_dir/written", written)
+        unseen = [facts["host"] for facts in others if not (folder / f"rank_{facts['rank']}").exists()]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in new:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+    if unseen:
+        raise Problem(
+            f"what {', '.join(unseen)} wrote to run_dir={here.config.run_dir} is not seen on {here.host}",
+            RUN_DIR_HINT,
+        )
+    return f"{here.config.run_dir}: shared by {len(others) + 1} nodes" if others else f"{here.config.run_dir}: written"
+
+
+def _write_file(path: Path) -> None:
+    """As checkpoints are: another name, fsync, rename, fsync of the folder."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        file.write(os.urandom(2**20))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _expect_file(path: Path, patience_s: float, otherwise: str) -> None:
+    """Wait for a file that another node has written: a file server may tell of it a little late."""
+    deadline = time.monotonic() + patience_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise Problem(otherwise, RUN_DIR_HINT)
+        time.sleep(0.1)
+    path.read_bytes()

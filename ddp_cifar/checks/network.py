@@ -1,0 +1,206 @@
+"""The network between ranks: a group, collectives, clocks, and the link between each two nodes."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ddp_cifar.checks.here import FAIL, LEFT_OUT, Here, LeftOut, Outcome, Problem, mb
+from ddp_cifar.distributed import World, open_world
+
+CLOCK_SKEW_S = 2.0
+UNREACHED = (
+    "the ranks do not reach each other's addresses: a firewall, a wrong interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), or "
+    "a link that drops"
+)
+AT_FAULT = "the network or a GPU is at fault; on GPUs NCCL_DEBUG=INFO tells more"
+TELL = "the network between these nodes is at fault: tell the site which"
+SIZES = (1024, 64 * 1024, 2**20, 16 * 2**20)
+"""Bytes of the all-reduces that are timed."""
+
+
+class Link(NamedTuple):
+    """Between two ranks, each the first of its node where there are several."""
+
+    one: int
+    other: int
+    latency_s: float
+    """Half of the quickest there and back of 8 bytes."""
+    bytes_per_s: float
+    """Of the quickest of some messages of 4 MiB."""
+
+
+def share(here: Here) -> None:
+    """The checks of the network; none where a rank has not arrived."""
+    checks = {"collectives": check_collectives, "clock": check_clock, "links": check_links}
+    if len(here.everyone) < here.world_size:
+        here.outcomes += [Outcome(name, LEFT_OUT) for name in ("group", *checks)]
+        return
+    with contextlib.ExitStack() as stack:
+        here.check("group", lambda here: open_group(here, stack), UNREACHED)
+        for name, check in checks.items():
+            if any(outcome.verdict == FAIL and outcome.check in ("group", *checks) for outcome in here.outcomes):
+                here.outcomes.append(Outcome(name, LEFT_OUT))  # the network is broken: others would wait, and time out
+            else:
+                here.check(name, check, AT_FAULT)
+        stack.pop_all()  # to leave in good order would wait for ranks that are gone
+
+
+def open_group(here: Here, stack: contextlib.ExitStack) -> str:
+    """All ranks connect."""
+    timeout = timedelta(seconds=here.options.patience)
+    here.world = stack.enter_context(open_world(here.config.device, here.config.backend, here.store, timeout))
+    return f"{here.world.backend} on {here.world.device.type}"
+
+
+def check_collectives(here: Here) -> str:
+    """All-reduce, broadcast and all-gather give what they must, and how fast."""
+    world = here.world
+    assert world is not None
+    n, device = world.world_size, world.device
+    numbers = torch.arange(10_000, device=device, dtype=torch.float32)
+    summed = world.sum(numbers + world.rank)
+    if not torch.equal(summed, n * numbers + n * (n - 1) / 2):
+        raise Problem("an all-reduce gives a wrong sum", AT_FAULT)
+    if device.type == "mps":
+        return "one rank"
+    last = (numbers * 3 if world.rank == n - 1 else torch.zeros_like(numbers)).contiguous()
+    dist.broadcast(last, src=n - 1)
+    if not torch.equal(last, numbers * 3):
+        raise Problem("a broadcast gives wrong numbers", AT_FAULT)
+    gathered = [torch.empty_like(numbers) for _ in range(n)]
+    dist.all_gather(gathered, numbers * world.rank)
+    if not all(torch.equal(found, numbers * rank) for rank, found in enumerate(gathered)):
+        raise Problem("an all-gather gives wrong numbers", AT_FAULT)
+    here.measured["all_reduce"] = rows = [time_all_reduce(world, size) for size in SIZES]
+    largest = rows[-1]
+    return f"all-reduce: {rows[0]['median_s'] * 1e3:.2f} ms for 1 KiB, {mb(largest['bus_bytes_per_s'])}/s for 16 MiB"
+
+
+def time_all_reduce(world: World, num_bytes: int) -> dict[str, float]:
+    """Seconds of an all-reduce of fp32 numbers, and the bus bandwidth by the median: 2 (n - 1) / n bytes a byte of them, as
+    nccl-tests has it."""
+    numbers = torch.ones(num_bytes // 4, device=world.device)
+    times = []
+    for _ in range(8):
+        world.all(True)  # all begin together
+        began = time.perf_counter()
+        world.sum(numbers)
+        _synchronize(numbers)
+        times.append(time.perf_counter() - began)
+    times = sorted(times[1:])
+    median, n = statistics.median(times), world.world_size
+    return {
+        "bytes": num_bytes,
+        "min_s": times[0],
+        "median_s": median,
+        "max_s": times[-1],
+        "bus_bytes_per_s": 2 * (n - 1) / n * num_bytes / median,
+    }
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)
+
+
+def check_clock(here: Here) -> str:
+    """Clocks agree: by them stops are timed, and files compared."""
+    assert here.world is not None
+    here.world.all(True)
+    times = [micros / 1e6 for (micros,) in here.world.gather([int(time.time() * 1e6)])]
+    skew = times[here.rank] - statistics.median(times)
+    if abs(skew) > CLOCK_SKEW_S:
+        raise Problem(
+            f"the clock of {here.host} is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}",
+            "have the site set it (NTP)",
+        )
+    return f"{skew * 1e3:+.0f} ms"
+
+
+def check_links(here: Here) -> str:
+    """Each two nodes, or each two ranks of a single one, send to each other: how quickly, and how much."""
+    world = here.world
+    assert world is not None
+    heads = [facts["rank"] for facts in here.everyone if facts["local_rank"] == 0]
+    members = heads if len(heads) > 1 else list(range(world.world_size))
+    if len(members) < 2 or world.device.type == "mps":
+        raise LeftOut
+    own = [time_link(world, one, other) for one, other in rounds(members) if world.rank in (one, other)]
+    links = [Link(*each) for found in world.gather_objects(own) for each in found]
+    links = sorted({(link.one, link.other): link for link in links if link.one < link.other}.values())
+    here.measured["links"] = [link._asdict() for link in links]
+    speeds = [link.bytes_per_s for link in links]
+    if here.rank not in members:
+        raise LeftOut
+    mine = [link for link in links if here.rank in (link.one, link.other)]
+    hosts = {facts["rank"]: facts["host"] for facts in here.everyone}
+
+    def name(link: Link) -> str:
+        return f"{hosts[link.one]} - {hosts[link.other]}" if len(heads) > 1 else f"rank {link.one} - rank {link.other}"
+
+    slow = [
+        link
+        for link in mine
+        if link.latency_s * 1e3 > here.options.max_latency_ms or link.bytes_per_s / 1e6 < here.options.min_mb_per_s
+    ]
+    if slow:
+        shown = "; ".join(f"{name(link)}: {link.latency_s * 1e3:.2f} ms, {mb(link.bytes_per_s)}/s" for link in slow)
+        alone = len(slow) == len(mine) > 1 or len(links) == 1
+        raise Problem(
+            f"slow links: {shown}" + (f" (all of {hosts[here.rank]}'s)" if alone and len(links) > 1 else ""),
+            f"expected {here.options.max_latency_ms:g} ms at most and {here.options.min_mb_per_s:g} MB/s at least; {TELL}, or "
+            f"choose another interface",
+            is_warning=not alone and len(members) > 2,
+        )
+    slowest = min(mine, key=lambda link: link.bytes_per_s)
+    if len(links) > 2 and slowest.bytes_per_s < statistics.median(speeds) / 8:
+        raise Problem(
+            f"{name(slowest)}: {mb(slowest.bytes_per_s)}/s, the median of all links is {mb(statistics.median(speeds))}/s",
+            TELL,
+            is_warning=True,
+        )
+    return f"{max(link.latency_s for link in mine) * 1e3:.2f} ms, {mb(slowest.bytes_per_s)}/s at worst"
+
+
+def rounds(members: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Each two members once, in an order in which many pairs can go on at the same time (the circle method of tournaments)."""
+    circle: list[int | None] = [*members, *([None] if len(members) % 2 else [])]
+    for _ in range(len(circle) - 1):
+        half = len(circle) // 2
+        for one, other in zip(circle[:half], reversed(circle[half:]), strict=True):
+            if one is not None and other is not None:
+                yield min(one, other), max(one, other)
+        circle = [circle[0], circle[-1], *circle[1:-1]]
+
+
+def time_link(world: World, one: int, other: int) -> Link:
+    """Latency and speed between two ranks, both of which call it."""
+    peer = other if world.rank == one else one
+
+    def there_and_back(tensor: Tensor, answer: Tensor, times: int) -> float:
+        best = float("inf")
+        for _ in range(times):
+            began = time.perf_counter()
+            if world.rank == one:
+                dist.send(tensor, peer)
+                dist.recv(answer, peer)
+            else:
+                dist.recv(tensor, peer)
+                dist.send(answer, peer)
+            _synchronize(answer)
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    small = torch.zeros(2, device=world.device)
+    large = torch.zeros(2**20, device=world.device)
+    there_and_back(small, small.clone(), 2)  # connects
+    latency = there_and_back(small, small.clone(), 10) / 2
+    transfer = there_and_back(large, small, 4) - latency
+    return Link(one, other, latency, large.numel() * 4 / max(transfer, 1e-9))

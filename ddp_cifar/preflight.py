@@ -1,0 +1,190 @@
+"""Is the cluster fit for a run? `[torchrun ...] python -m ddp_cifar.preflight [CONFIG.yaml] [key=value ...]`.
+
+Started as the run will be, with its arguments: by launch/preflight.sh, slurm/preflight.sh, launch/ssh.sh. Each rank looks at its
+own machine, then at what it shares with the others: run_dir, data, the network. Rank 0 prints a row a rank with a verdict a
+check, then all that is wrong, each with a hint. Exits with 1 if a check failed. docs/diagnosing.md says what each finding means.
+"""
+
+import contextlib
+import json
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ddp_cifar.checks.common import compare, missing_ranks
+from ddp_cifar.checks.here import FAIL, OK, WARNING, Here, Outcome, mb, meet, wait_for
+from ddp_cifar.checks.machine import look_around
+from ddp_cifar.checks.network import Link, share
+from ddp_cifar.command import EXIT_FAILED, Arguments, leave, record_error, run_command, show, writing
+from ddp_cifar.config import load_config
+from ddp_cifar.distributed import local_place, place_from_environment
+from ddp_cifar.errors import UserError
+from ddp_cifar.log import log
+from ddp_cifar.train import TABLES
+
+
+def main(argv: Sequence[str]) -> int:
+    """Look at everything, print it on rank 0, and return the exit status."""
+    parser = Arguments("ddp_cifar.preflight", __doc__)
+    parser.add_argument("arguments", metavar="CONFIG.yaml key=value", nargs="*", help="the run's, as train takes them")
+    parser.add_argument("--json", type=Path, help="write all of it to this file")
+    parser.add_argument("--nodes", type=int, help="how many are expected (those that torchrun has)")
+    parser.add_argument("--hosts", help="their names, with commas between, so that a missing one can be named")
+    parser.add_argument("--patience", type=float, default=30.0, help="seconds that ranks wait for each other (30)")
+    parser.add_argument("--max-latency-ms", type=float, default=5.0, help="of a link between nodes (5)")
+    parser.add_argument("--min-mb-per-s", type=float, default=20.0, help="of a link between nodes (20)")
+    options = parser.parse_intermixed_args(argv)
+    config = load_config(options.arguments, TABLES)
+    rank, world_size = place_from_environment()
+    local_rank, local_world_size = local_place()
+    here = Here(config, options, rank, world_size, local_rank, local_world_size)
+    began = time.monotonic()
+    with limited(
+        6 * options.patience,
+        f"rank {rank} on {here.host} was blocked for {6 * options.patience:.0f} s: a link that drops?",
+    ):
+        look_around(here)
+        meet(here)
+        compare(here)
+        share(here)
+        return report(here, began)
+
+
+def report(here: Here, began: float) -> int:
+    """Bring all outcomes to rank 0, which prints them; returns the exit status there, and 0 elsewhere."""
+    own = {"outcomes": [asdict(outcome) for outcome in here.outcomes], "facts": here.facts}
+    here.store.set(f"report/{here.rank}", json.dumps(own))
+    if here.rank != 0:
+        deadline = time.monotonic() + 3 * here.options.patience
+        while not here.store.check(["verdict"]):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"rank {here.rank} on {here.host} had no word from rank 0, which is gone or out of reach"
+                )
+            time.sleep(0.05)
+        here.store.set(f"bye/{here.rank}", "")
+        return 0
+    ranks = wait_for(here, "report")
+    reports = {rank: json.loads(here.store.get(f"report/{rank}")) for rank in ranks}
+    silent = [facts for facts in here.everyone if facts["rank"] not in reports]
+    for facts in silent:
+        at = (
+            here.store.get(f"at/{facts['rank']}").decode() if here.store.check([f"at/{facts['rank']}"]) else "the start"
+        )
+        outcome = Outcome(
+            at,
+            FAIL,
+            f"it fell silent in the check '{at}'",
+            "look at that node: is it up, and does it still reach the others?",
+        )
+        reports[facts["rank"]] = {"outcomes": [asdict(outcome)], "facts": facts}
+    rows = {
+        rank: (reports[rank]["facts"], [Outcome(**each) for each in reports[rank]["outcomes"]])
+        for rank in sorted(reports)
+    }
+    show(table(rows))
+    failed = [
+        (rank, outcome)
+        for rank, (_, outcomes) in rows.items()
+        for outcome in outcomes
+        if outcome.verdict in (FAIL, WARNING)
+    ]
+    lines = findings(failed, {rank: facts["host"] for rank, (facts, _) in rows.items()})
+    if lines:
+        show("\n" + "\n".join(lines))
+    show("\n" + "\n".join(measurements(here)))
+    num_failed = sum(line.startswith(FAIL) for line in lines)
+    if here.options.json:
+        content = {
+            "ok": num_failed == 0,
+            "seconds": time.monotonic() - began,
+            "missing": missing_ranks(here),
+            "ranks": [
+                {**facts, "outcomes": [asdict(outcome) for outcome in outcomes]} for facts, outcomes in rows.values()
+            ],
+            **here.measured,
+        }
+        with writing(here.options.json):
+            here.options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    here.store.set("verdict", "")
+    deadline = time.monotonic() + 5
+    alive = [rank for rank in ranks if rank != 0]
+    while time.monotonic() < deadline and not all(here.store.check([f"bye/{rank}"]) for rank in alive):
+        time.sleep(0.02)
+    if num_failed:
+        message = f"the preflight failed: {lines[0].removeprefix(FAIL).strip()}" + (
+            f" (and {num_failed - 1} more, above)" if num_failed > 1 else ""
+        )
+        log.error(message)
+        record_error(message, EXIT_FAILED)
+        return EXIT_FAILED
+    log.info(f"the preflight passed, in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def table(rows: dict[int, tuple[dict[str, Any], list[Outcome]]]) -> str:
+    """A row a rank, a column a check."""
+    checks = list(dict.fromkeys(outcome.check for _, outcomes in rows.values() for outcome in outcomes))
+    host_width = max(4, *(len(facts["host"]) for facts, _ in rows.values()))
+    lines = [" ".join(["rank", f"{'host':<{host_width}}", *(f"{check:<{max(7, len(check))}}" for check in checks)])]
+    for rank, (facts, outcomes) in rows.items():
+        verdicts = {outcome.check: outcome.verdict for outcome in outcomes}
+        cells = [f"{verdicts.get(check, ''):<{max(7, len(check))}}" for check in checks]
+        lines.append(" ".join([f"{rank:>4}", f"{facts['host']:<{host_width}}", *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def findings(failed: Sequence[tuple[int, Outcome]], hosts: dict[int, str]) -> list[str]:
+    """A line for each thing that is wrong, failures first; ranks that found the same share one."""
+    grouped: dict[Outcome, list[int]] = {}
+    for rank, outcome in failed:
+        grouped.setdefault(outcome, []).append(rank)
+    lines = []
+    for outcome, ranks in sorted(grouped.items(), key=lambda item: item[0].verdict != FAIL):
+        where = ", ".join(dict.fromkeys(hosts[rank] for rank in ranks))
+        who = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} ({where})"
+        lines.append(
+            f"{outcome.verdict} {outcome.check}, {who}: {outcome.found}"
+            + (f". To do: {outcome.hint}" if outcome.hint else "")
+        )
+    return lines
+
+
+def measurements(here: Here) -> list[str]:
+    """What rank 0 has measured and is, for the record."""
+    lines = [
+        f"{outcome.check:<12} {outcome.found}" for outcome in here.outcomes if outcome.verdict == OK and outcome.found
+    ]
+    for row in here.measured.get("all_reduce", []):
+        lines.append(
+            f"all-reduce of {row['bytes'] / 1024:,.0f} KiB: {row['min_s'] * 1e3:.2f} / {row['median_s'] * 1e3:.2f} / "
+            f"{row['max_s'] * 1e3:.2f} ms (min / median / max), bus {mb(row['bus_bytes_per_s'])}/s"
+        )
+    if links := [Link(**link) for link in here.measured.get("links", [])]:
+        hosts = {facts["rank"]: facts["host"] for facts in here.everyone}
+        latencies, speeds = sorted(link.latency_s * 1e3 for link in links), sorted(link.bytes_per_s for link in links)
+        slow = min(links, key=lambda link: link.bytes_per_s)
+        lines.append(
+            f"links: {len(links)}, latency {latencies[0]:.2f} / {statistics.median(latencies):.2f} / {latencies[-1]:.2f} ms, "
+            f"{mb(speeds[0])}/s / {mb(statistics.median(speeds))}/s / {mb(speeds[-1])}/s; the slowest: rank {slow.one} "
+            f"({hosts[slow.one]}) - rank {slow.other} ({hosts[slow.other]})"
+        )
+    return lines
+
+
+@contextlib.contextmanager
+def limited(seconds: float, message: str) -> Iterator[None]:
+    """The body takes this long at most; else the process ends, whatever blocks it."""
+    timer = threading.Timer(seconds, leave, (message,))
+    timer.daemon = True
+    timer.start()
+    yield
+    timer.cancel()
+
+
+if __name__ == "__main__":
+    run_command(main)
