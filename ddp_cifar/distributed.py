@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_cifar.errors import UserError
@@ -182,12 +181,14 @@ def place_from_environment() -> tuple[int, int]:
 def open_store(timeout: timedelta = COLLECTIVE_TIMEOUT) -> Store:
     """The store that torchrun's environment describes, where ranks meet before a group opens; or one of this process alone.
 
-    Raises torch's `DistError` if it cannot be reached within `timeout`.
+    It does not wait for the others. Raises torch's `DistError` if it cannot be reached within `timeout`.
     """
     if "RANK" not in os.environ:
         return HashStore()
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
-    return cast(Store, store)
+    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_server = os.environ["RANK"] == "0" and not is_torchruns
+    place = os.environ["MASTER_ADDR"], _from_environment("MASTER_PORT", 0)
+    return TCPStore(*place, is_master=is_server, timeout=timeout, wait_for_workers=False)
 
 
 @contextlib.contextmanager

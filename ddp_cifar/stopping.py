@@ -20,7 +20,7 @@ from ddp_cifar.command import leave
 from ddp_cifar.distributed import World
 from ddp_cifar.log import log
 
-REASONS = ("", "SIGTERM", "SIGINT", "SIGUSR1", "the file STOP", "train.deadline")
+REASONS = ("", "SIGTERM", "SIGINT", "SIGUSR1", "the file STOP", "train.deadline", "train.max_hours")
 """Why a rank would stop; a rank that was not asked has the first."""
 
 LOOK_EVERY_S = 1.0
@@ -31,10 +31,11 @@ class Requests:
 
     SIGUSR1 counts from the beginning; SIGTERM and SIGINT end the process as usual until `catch_signals`. After a SIGINT,
     any signal ends the process at once, even where the main thread is blocked; so does the death of the torchrun that
-    started it. The files STOP and SAVE are looked for in `folder`, if this rank is given one.
+    started it. The files STOP and SAVE are looked for in `folder`, if this rank is given one. A `deadline` is a unix time, and
+    the reason to stop then.
     """
 
-    def __init__(self, folder: Path | None = None, deadline: float | None = None) -> None:
+    def __init__(self, folder: Path | None = None, deadline: tuple[float, str] | None = None) -> None:
         self.folder = folder
         self.deadline = deadline
         self.reason = ""
@@ -90,8 +91,8 @@ class Requests:
                 self._on_signal(signum)
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER:
                 leave("torchrun is gone, which started this rank: it ends too; start the run again to go on")
-            if self.deadline is not None and time.time() >= self.deadline:
-                self._ask("train.deadline")
+            if self.deadline is not None and time.time() >= self.deadline[0]:
+                self._ask(self.deadline[1])
             if self.folder:
                 self._look(self.folder)
 

@@ -117,10 +117,10 @@ def main(argv: Sequence[str]) -> int:
     return status
 
 
-def find_deadline(train: TrainConfig, began: float) -> float | None:
-    """The unix time at which a command that began at `began` is asked to stop."""
-    given = [] if train.deadline is None else [train.deadline]
-    given += [] if train.max_hours is None else [began + 3600 * train.max_hours]
+def find_deadline(train: TrainConfig, began: float) -> tuple[float, str] | None:
+    """The unix time at which a command that began at `began` is asked to stop, and by which key."""
+    given = [] if train.deadline is None else [(train.deadline, "train.deadline")]
+    given += [] if train.max_hours is None else [(began + 3600 * train.max_hours, "train.max_hours")]
     return min(given, default=None)
 
 

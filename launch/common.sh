@@ -20,26 +20,34 @@ wait_for() {
 # to that rank's exit status, which torchrun made 1 of.
 repeat_error() {
   local first
-  if [ -n "${interrupted:-}" ]; then
-    echo "error: interrupted" >&2
-    return
-  fi
-  first=$(find "$1" -name error.txt -printf '%T@ %p\n' 2>/dev/null | sort -n | head -n 1 | cut -d ' ' -f 2-)
-  if [ -n "$first" ]; then
+  first=$(find "$1" -name error.txt -printf '%T@ %p\n' 2>/dev/null | sort -n | sed -n 1p | cut -d ' ' -f 2-)
+  # after a signal ranks may end with errors that say no more than that; but not with a mistake, or a failed save
+  if [ -n "$first" ] && { [ -z "${interrupted:-}" ] || [ "$(cat "${first%.txt}.status")" != 1 ]; }; then
     cat "$first" >&2
     # shellcheck disable=SC2034 # for who called
     status=$(cat "${first%.txt}.status")
+  elif [ -n "${interrupted:-}" ]; then
+    echo "error: interrupted" >&2
   else
     echo "error: a process ended without a word (killed, or not started): torchrun's report above names it" >&2
   fi
 }
 
+# refuse MESSAGE: end with an error, which is left where repeat_error finds it, and status 2.
+refuse() {
+  local place
+  echo "error: $1" >&2
+  if [ -n "${LOG_DIR:-}" ]; then
+    place=$(mktemp -d "$LOG_DIR/refused-XXXXXX")
+    echo 2 >"$place/error.status"
+    echo "[$(hostname)] error: $1" >"$place/error.txt"
+  fi
+  exit 2
+}
+
 # check_count NAME VALUE: refuse what is not a whole number from 1 on.
 check_count() {
-  if [[ ! $2 =~ ^[1-9][0-9]*$ ]]; then
-    echo "error: $1=$2 is not a count: expected a whole number from 1 on" >&2
-    exit 2
-  fi
+  [[ $2 =~ ^[1-9][0-9]*$ ]] || refuse "$1=$2 is not a count: expected a whole number from 1 on"
 }
 
 # count_gpus: how many this node has, or CUDA_VISIBLE_DEVICES shows.

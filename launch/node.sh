@@ -9,6 +9,7 @@
 #   HEAD             HOST:PORT where the nodes meet; needed with several nodes, the same on all
 #   RUN_ID           a name for this start, the same on all nodes; default ddp_cifar
 #   LOCAL_ADDR       the address that other nodes reach this one by; default: its host name's
+#   MIN_NODES        so many nodes are enough: after half a minute they start without the rest; default NNODES
 #   MAX_RESTARTS     times that the ranks are started again after a failure; default 0
 #   OMP_NUM_THREADS  CPU threads a rank; default: the node's cores shared out
 #   MODULE           what every rank runs; default ddp_cifar.train
@@ -22,18 +23,19 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-if ! command -v torchrun >/dev/null; then
-  echo "error: torchrun is not on PATH: activate the environment, or make one with \`make install\`" >&2
-  exit 2
-fi
+command -v torchrun >/dev/null || refuse "torchrun is not on PATH: activate the environment, or make one with \`make install\`"
 nnodes=${NNODES:-1}
 gpus=$(count_gpus)
 nproc_per_node=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 check_count NNODES "$nnodes"
 check_count NPROC_PER_NODE "$nproc_per_node"
-if [ "$nnodes" != 1 ] && [ -z "${HEAD:-}" ]; then
-  echo "error: NNODES=$nnodes needs HEAD=HOST:PORT, where the nodes meet, the same on all of them" >&2
-  exit 2
+if [ "$nnodes" != 1 ]; then
+  head=${HEAD:-}
+  [ -n "$head" ] || refuse "NNODES=$nnodes needs HEAD=HOST:PORT, where the nodes meet, the same on all of them"
+  getent hosts "${head%:*}" >/dev/null ||
+    refuse "$(hostname) finds no address for ${head%:*}, where the nodes are to meet: mend HEAD=$head, /etc/hosts or the DNS"
+  [ -n "${LOCAL_ADDR:-}" ] || getent hosts "$(hostname)" >/dev/null ||
+    refuse "this node's own name, $(hostname), leads to no address, by which the other nodes would reach it: mend /etc/hosts or the DNS, or set LOCAL_ADDR and GLOO_SOCKET_IFNAME"
 fi
 
 # torchrun would give each rank one thread
@@ -44,7 +46,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}
 
 log_dir=$(mktemp -d "${LOG_DIR:-${TMPDIR:-/tmp}}/launch-XXXXXX") # of this start alone
-flags=(--nnodes="$nnodes" --nproc-per-node="$nproc_per_node" --max-restarts="${MAX_RESTARTS:-0}" --log-dir="$log_dir")
+flags=(--nnodes="${MIN_NODES:-$nnodes}:$nnodes" --nproc-per-node="$nproc_per_node" --max-restarts="${MAX_RESTARTS:-0}" --log-dir="$log_dir")
 if [ "$nnodes" = 1 ]; then
   flags+=(--standalone)
 else

@@ -12,15 +12,15 @@
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 if [ ! -e "$here/job.sh" ]; then # in a job this file is a copy in Slurm's spool folder
-  here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*/slurm\)/evaluate\.sh.*|\1|p' | head -n 1)
-  [ -n "$here" ] || here=$SLURM_SUBMIT_DIR/slurm
+  script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=||p' | sed -n 1p)
+  [ -e "$script" ] || script=${script%%.sh *}.sh # its arguments stand behind it
+  here=$(dirname "$(readlink -f "$script")")
+  [ -e "$here/job.sh" ] || here=$SLURM_SUBMIT_DIR/slurm
 fi
 # shellcheck source=slurm/job.sh
 source "$here/job.sh"
-if [ -z "${SLURM_JOB_ID:-}" ]; then
-  echo "error: expected a job: sbatch [sbatch options] slurm/evaluate.sh CHECKPOINT [key=value ...]" >&2
-  exit 2
-fi
+[ -n "${SLURM_JOB_ID:-}" ] || refuse "expected a job: sbatch [sbatch options] slurm/evaluate.sh CHECKPOINT [key=value ...]"
+take_place
 export MODULE=ddp_cifar.evaluate
 start_nodes "$PWD/.evaluate-$job" "$@"
 trap 'rm -rf "$LOG_DIR"' EXIT

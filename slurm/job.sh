@@ -8,20 +8,32 @@ srun_options=()
 # shellcheck source=launch/common.sh
 source "$slurm/../launch/common.sh"
 export PYTHONPATH="$checkout${PYTHONPATH:+:$PYTHONPATH}"
-if [ -n "${SLURM_JOB_ID:-}" ]; then
-  # an array's last task has the array's own number as SLURM_JOB_ID
+
+# is_by_hand ARGUMENT...: they have the form that submits, even where this shell is in a job, as notebooks are.
+is_by_hand() {
+  local argument
+  for argument in "$@"; do
+    [ "$argument" != -- ] || return 0
+  done
+  return 1
+}
+
+# take_place: what the nodes of this job need to meet. Sets `job`, its number for people and for scontrol.
+take_place() {
+  local gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-}}
   job=$SLURM_JOB_ID
+  # an array's last task has the array's own number as SLURM_JOB_ID
   [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-  gpus=$(count_gpus)
+  gpus=${gpus##*:}
+  [ -n "$gpus" ] || gpus=$(count_gpus)
   export NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
   check_count NPROC_PER_NODE "$NPROC_PER_NODE"
-  # the nodes meet on the first of them; another job there has another number
-  first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  export NNODES=$SLURM_NNODES HEAD="$first_node:$((20000 + SLURM_JOB_ID % 10000))"
-  export RUN_ID="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+  # they meet on the first of them; another job there has another number
+  HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p):$((20000 + SLURM_JOB_ID % 10000))
+  export HEAD NNODES=$SLURM_NNODES RUN_ID="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
   # sbatch's --cpus-per-task does not reach srun by itself
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-fi
+}
 
 # start_nodes LOG_DIR ARGUMENT...: launch/node.sh on every node of the job, in the background; sets `step` to srun's pid. The
 # ranks of all nodes leave their errors in LOG_DIR, which is made.
@@ -30,10 +42,11 @@ start_nodes() {
   mkdir -p "$1"
   export LOG_DIR=$1
   shift
-  srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=1 --label \
-    "${srun_options[@]}" "$checkout/launch/node.sh" "$@" </dev/null &
+  srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --export=ALL --label \
+    --kill-on-bad-exit="${kill_on_bad_exit:-1}" "${srun_options[@]}" "$checkout/launch/node.sh" "$@" </dev/null &
   # shellcheck disable=SC2034 # for who called
   step=$!
+  [ -z "${asked:-}" ] || kill -USR1 "$step" # it came just before
 }
 
 # finish_nodes: wait for them; sets `status` to 0, or to that of the rank that failed first, whose error is repeated.
@@ -46,7 +59,7 @@ finish_nodes() {
 # describe_job RUN_DIR START: what this job is, how to follow it, how to stop it.
 describe_job() {
   local log cores=${SLURM_CPUS_ON_NODE:-$(nproc)}
-  log=$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p' | head -n 1)
+  log=$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p' | sed -n 1p)
   cat <<END
 job $job, $2. Nodes: $NNODES ($SLURM_JOB_NODELIST), which meet at $HEAD; ranks on each: $NPROC_PER_NODE; cores: $cores.
 run_dir: $1. To follow: ${log:+tail -f }${log:-this terminal}. To stop: touch $1/STOP (saves and ends), or scancel --batch --signal=USR1 $job
@@ -73,11 +86,11 @@ look_and_submit() {
   sbatch "${options[@]}" "$script" "${arguments[@]}"
 }
 
-# split_options [SBATCH_OPTION ...] -- [ARGUMENT ...]: sets `options` and `arguments`, and by the options `nodes` and `ranks` (of
-# each node). Makes the folder that the job's log goes to, without which the job would fail without a word.
+# split_options [SBATCH_OPTION ...] -- [ARGUMENT ...]: sets `options` and `arguments`, and by the options `nodes`, `ranks` (of each
+# node) and `task` (the first of an array). Makes the folder of the job's log, without which the job would fail without a word.
 split_options() {
-  local option value
-  options=() arguments=() nodes=1 ranks=1
+  local option value folder='' paths=() total=''
+  options=() arguments=() nodes=1 ranks=1 task=''
   while [ $# -gt 0 ] && [ "$1" != -- ]; do
     options+=("$1")
     shift
@@ -85,8 +98,7 @@ split_options() {
   if [ $# -gt 0 ]; then
     arguments=("${@:2}")
   elif [[ " ${options[*]-}" == *" -"* ]]; then
-    echo "error: expected [sbatch options] -- [CONFIG.yaml] [key=value ...]: put -- before the arguments of the run" >&2
-    exit 2
+    refuse "expected [sbatch options] -- [CONFIG.yaml] [key=value ...]: put -- before the arguments of the run"
   else
     arguments=("${options[@]}") options=()
   fi
@@ -99,21 +111,33 @@ split_options() {
       *) value=${2:-} ;;
     esac
     case $option in
-      --nodes | --nodes=* | -N*) nodes=${value%%-*} ;;
-      --gpus-per-node*) ranks=${value##*:} ;;
-      --gres | --gres=*) [[ $value != *gpu:* ]] || ranks=${value##*:} ;;
-      --output | --output=* | -o*) mkdir -p "$(dirname "$value")" ;;
+      --nodes | --nodes=* | -N*) nodes=${value%%[-,]*} ;;
+      --gpus-per-node | --gpus-per-node=*) ranks=${value##*:} ;;
+      --gpus | --gpus=* | -G*) total=${value##*:} ;;
+      --gres | --gres=*) [[ ! ,$value, =~ ,gpu:([^,:]*:)?([0-9]+), ]] || ranks=${BASH_REMATCH[2]} ;;
+      --array | --array=* | -a*) task=${value%%[-,:%]*} ;;
+      --output | --output=* | -o* | --error | --error=* | -e*) paths+=("$value") ;;
+      --chdir | --chdir=* | -D*) folder=$value/ ;;
     esac
     shift
   done
+  [[ $nodes =~ ^[1-9][0-9]*$ ]] || nodes=1
+  [[ ! $total =~ ^[1-9][0-9]*$ ]] || ranks=$(((total + nodes - 1) / nodes))
   ranks=${NPROC_PER_NODE:-$ranks}
+  [[ $ranks =~ ^[1-9][0-9]*$ ]] || ranks=1
+  for value in "${paths[@]}"; do
+    [[ $value == /* ]] || value=$folder$value
+    [[ ${value%/*} != *%* ]] || refuse "${value%/*} has a % in the name of a folder, which must be there before the job: name one"
+    mkdir -p "$(dirname "$value")"
+  done
 }
 
 # look_before_the_queue: train --dry-run, here, for what split_options has found.
 look_before_the_queue() {
   if ! command -v torchrun >/dev/null; then
-    echo "error: torchrun is not on PATH: set up the environment in slurm/site.sh, or make one with \`make install\`" >&2
-    exit 2
+    [ ${#srun_options[@]} != 0 ] || refuse "torchrun is not on PATH: set up the environment in slurm/site.sh, or make one with \`make install\`"
+    echo "the run is not looked at before it is queued, as torchrun is in the job's container only" >&2
+    return
   fi
-  python -m ddp_cifar.train --dry-run --nodes "$nodes" --nproc-per-node "$ranks" "${arguments[@]}"
+  python -m ddp_cifar.train --dry-run --nodes "$nodes" --nproc-per-node "$ranks" "${arguments[@]//%a/${task:-%a}}"
 }

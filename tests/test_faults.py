@@ -93,8 +93,8 @@ def test_the_time_limit_stops_and_saves(run: Run) -> None:
     begun = time.monotonic()
     assert run.end() == 0
     assert 8 < time.monotonic() - begun < 40
-    assert run.status == "stopped: train.deadline (rank 0)"
-    assert "stopped by train.deadline" in run.terminal
+    assert run.status == "stopped: train.max_hours (rank 0)"
+    assert "stopped by train.max_hours" in run.terminal
     assert run.step > 0
 
 

@@ -450,7 +450,7 @@ def test_stop_and_save_files_and_the_deadline_are_seen(tmp_path: Path, monkeypat
         assert (tmp_path / "STOP").exists(), "it stays until the run has stopped, in case it is killed before"
         requests.stopped()
         assert not (tmp_path / "STOP").exists()
-    with Requests(None, deadline=time.time() + 0.2) as requests:
+    with Requests(None, deadline=(time.time() + 0.2, "train.deadline")) as requests:
         assert requests.reason == ""
         assert wait_until(lambda: requests.reason == "train.deadline", 10)
 
@@ -459,8 +459,11 @@ def test_the_earlier_of_deadline_and_max_hours_counts() -> None:
     from ddp_cifar.train import find_deadline
 
     assert find_deadline(config_of().train, 1000.0) is None
-    assert find_deadline(config_of("train.max_hours=0.5").train, 1000.0) == 2800.0
-    assert find_deadline(config_of("train.max_hours=0.5", "train.deadline=2000").train, 1000.0) == 2000.0
+    assert find_deadline(config_of("train.max_hours=0.5").train, 1000.0) == (2800.0, "train.max_hours")
+    assert find_deadline(config_of("train.max_hours=0.5", "train.deadline=2000").train, 1000.0) == (
+        2000.0,
+        "train.deadline",
+    )
 
 
 # -- signs of life

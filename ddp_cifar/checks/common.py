@@ -57,7 +57,7 @@ def check_arrival(here: Here) -> str:
     """All ranks are there, on the nodes that were asked for."""
     if missing := missing_ranks(here):
         raise Problem(
-            f"not there after {here.options.patience:.0f} s: {', '.join(missing)}",
+            f"not there: {', '.join(missing)}",
             "look at that node: is it up, does the environment start there, does it reach this one?",
         )
     per_node = Counter(facts["host"] for facts in here.everyone)

@@ -23,6 +23,8 @@ AT_FAULT = "the network or a GPU is at fault; on GPUs NCCL_DEBUG=INFO tells more
 TELL = "the network between these nodes is at fault: tell the site which"
 SIZES = (1024, 64 * 1024, 2**20, 16 * 2**20)
 """Bytes of the all-reduces that are timed."""
+SECONDS = 1.0
+"""For each of them, about; and two times at least, of which the first is not counted."""
 
 
 class Link(NamedTuple):
@@ -33,7 +35,7 @@ class Link(NamedTuple):
     latency_s: float
     """Half of the quickest there and back of 8 bytes."""
     bytes_per_s: float
-    """Of the quickest of some messages of 4 MiB."""
+    """Of the quickest of some messages of 1 MiB."""
 
 
 def share(here: Here) -> None:
@@ -68,7 +70,7 @@ def check_collectives(here: Here) -> str:
     summed = world.sum(numbers + world.rank)
     if not torch.equal(summed, n * numbers + n * (n - 1) / 2):
         raise Problem("an all-reduce gives a wrong sum", AT_FAULT)
-    if device.type == "mps":
+    if n == 1:
         return "one rank"
     last = (numbers * 3 if world.rank == n - 1 else torch.zeros_like(numbers)).contiguous()
     dist.broadcast(last, src=n - 1)
@@ -87,9 +89,8 @@ def time_all_reduce(world: World, num_bytes: int) -> dict[str, float]:
     """Seconds of an all-reduce of fp32 numbers, and the bus bandwidth by the median: 2 (n - 1) / n bytes a byte of them, as
     nccl-tests has it."""
     numbers = torch.ones(num_bytes // 4, device=world.device)
-    times = []
-    for _ in range(8):
-        world.all(True)  # all begin together
+    times: list[float] = []
+    while world.all(len(times) < 8 and (len(times) < 2 or sum(times) < SECONDS)):  # and all begin together
         began = time.perf_counter()
         world.sum(numbers)
         _synchronize(numbers)
@@ -133,32 +134,41 @@ def check_links(here: Here) -> str:
     if len(members) < 2 or world.device.type == "mps":
         raise LeftOut
     own = [time_link(world, one, other) for one, other in rounds(members) if world.rank in (one, other)]
-    links = [Link(*each) for found in world.gather_objects(own) for each in found]
-    links = sorted({(link.one, link.other): link for link in links if link.one < link.other}.values())
+    both_ways: dict[tuple[int, int], list[Link]] = {}
+    for found in world.gather_objects(own):
+        for link in (Link(*each) for each in found):
+            both_ways.setdefault((link.one, link.other), []).append(link)
+    links = [
+        Link(one, other, min(link.latency_s for link in found), min(link.bytes_per_s for link in found))
+        for (one, other), found in sorted(both_ways.items())
+    ]
     here.measured["links"] = [link._asdict() for link in links]
-    speeds = [link.bytes_per_s for link in links]
     if here.rank not in members:
         raise LeftOut
-    mine = [link for link in links if here.rank in (link.one, link.other)]
     hosts = {facts["rank"]: facts["host"] for facts in here.everyone}
 
     def name(link: Link) -> str:
         return f"{hosts[link.one]} - {hosts[link.other]}" if len(heads) > 1 else f"rank {link.one} - rank {link.other}"
 
-    slow = [
-        link
-        for link in mine
-        if link.latency_s * 1e3 > here.options.max_latency_ms or link.bytes_per_s / 1e6 < here.options.min_mb_per_s
-    ]
-    if slow:
+    def links_of(rank: int) -> list[Link]:
+        return [link for link in links if rank in (link.one, link.other)]
+
+    def is_slow(link: Link) -> bool:
+        limits = here.options
+        return bool(link.latency_s * 1e3 > limits.max_latency_ms or link.bytes_per_s / 1e6 < limits.min_mb_per_s)
+
+    mine = links_of(here.rank)
+    if slow := [link for link in mine if is_slow(link)]:
+        # of three and more, one whose links are all slow explains those of the others
+        culprits = {rank for rank in members if len(members) > 2 and all(map(is_slow, links_of(rank)))}
         shown = "; ".join(f"{name(link)}: {link.latency_s * 1e3:.2f} ms, {mb(link.bytes_per_s)}/s" for link in slow)
-        alone = len(slow) == len(mine) > 1 or len(links) == 1
         raise Problem(
-            f"slow links: {shown}" + (f" (all of {hosts[here.rank]}'s)" if alone and len(links) > 1 else ""),
+            f"slow links: {shown}" + (f" (all of {hosts[here.rank]}'s)" if here.rank in culprits else ""),
             f"expected {here.options.max_latency_ms:g} ms at most and {here.options.min_mb_per_s:g} MB/s at least; {TELL}, or "
             f"choose another interface",
-            is_warning=not alone and len(members) > 2,
+            is_warning=here.rank not in culprits and all({link.one, link.other} & culprits for link in slow),
         )
+    speeds = [link.bytes_per_s for link in links]
     slowest = min(mine, key=lambda link: link.bytes_per_s)
     if len(links) > 2 and slowest.bytes_per_s < statistics.median(speeds) / 8:
         raise Problem(
@@ -181,26 +191,27 @@ def rounds(members: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def time_link(world: World, one: int, other: int) -> Link:
-    """Latency and speed between two ranks, both of which call it."""
-    peer = other if world.rank == one else one
+    """Between two ranks, both of which call it: the latency, and how fast this one sends to the other."""
+    small = torch.zeros(2, device=world.device)
+    large = torch.zeros(2**18, device=world.device)
 
-    def there_and_back(tensor: Tensor, answer: Tensor, times: int) -> float:
-        best = float("inf")
+    def there_and_back(first: int, tensor: Tensor, times: int) -> float:
+        """The quickest way of a tensor from `first`, and of a few bytes back; measured by `first`."""
+        answer, best = small.clone(), float("inf")
         for _ in range(times):
             began = time.perf_counter()
-            if world.rank == one:
-                dist.send(tensor, peer)
-                dist.recv(answer, peer)
+            if world.rank == first:
+                dist.send(tensor, one + other - first)
+                dist.recv(answer, one + other - first)
             else:
-                dist.recv(tensor, peer)
-                dist.send(answer, peer)
+                dist.recv(tensor, first)
+                dist.send(answer, first)
             _synchronize(answer)
             best = min(best, time.perf_counter() - began)
         return best
 
-    small = torch.zeros(2, device=world.device)
-    large = torch.zeros(2**20, device=world.device)
-    there_and_back(small, small.clone(), 2)  # connects
-    latency = there_and_back(small, small.clone(), 10) / 2
-    transfer = there_and_back(large, small, 4) - latency
-    return Link(one, other, latency, large.numel() * 4 / max(transfer, 1e-9))
+    there_and_back(one, small, 2)  # connects
+    latencies = {first: there_and_back(first, small, 10) / 2 for first in (one, other)}
+    transfers = {first: there_and_back(first, large, 4) for first in (one, other)}
+    latency = latencies[world.rank]
+    return Link(one, other, latency, large.numel() * 4 / max(transfers[world.rank] - latency, 1e-9))
