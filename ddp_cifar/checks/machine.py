@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import ddp_cifar
 from ddp_cifar.checks.here import Here, LeftOut, Problem, mb
 from ddp_cifar.data import files_of, outline_dataset
 from ddp_cifar.data.sampler import plan_batches
@@ -54,7 +55,7 @@ def versions() -> dict[str, str]:
 
 def _project() -> str:
     """A hash of the package's files, which tells an edited checkout from the same commit's."""
-    folder = Path(__file__).parent
+    folder = Path(ddp_cifar.__file__).parent
     sha = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         sha.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")

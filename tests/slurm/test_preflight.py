@@ -75,8 +75,12 @@ def machines(cluster: Cluster, tmp_path: Path) -> Machines:
 
 def test_a_healthy_cluster_passes_on_slurm(cluster: Cluster, tmp_path: Path) -> None:
     copy = copy_checkout(tmp_path)
-    arguments = (*TINY, *SIZES, "--json", "preflight.json")
-    job = cluster.sbatch("--nodes=3", "--cpus-per-task=1", "slurm/preflight.sh", *arguments, cwd=copy)
+    (command,) = re.findall(
+        r"^    (sbatch .*slurm/preflight.sh.*)$", (copy / "slurm" / "README.md").read_text(), re.MULTILINE
+    )
+    command = command.replace("--nodes=2 --gpus-per-node=2", "--nodes=3")
+    line = f"{command} {shlex.join((*TINY, *SIZES, '--json', 'preflight.json'))}"
+    job = cluster.run("bash", "-c", line, cwd=copy).stdout.split()[-1]
     cluster.wait_for(job, "COMPLETED", "FAILED", timeout=90)
     log = cluster.log(job)
     assert "the preflight passed" in log, log

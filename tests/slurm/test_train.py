@@ -3,6 +3,7 @@
 What a run comes to after it is compared with a run of as many ranks on one machine that nothing was done to.
 """
 
+import fcntl
 import json
 import re
 import shlex
@@ -30,6 +31,7 @@ README = commands_of(
     array="--array=1-3",
     salloc="salloc",
     chain="^slurm/chain.sh",
+    preflight="slurm/preflight.sh",
     evaluate="slurm/evaluate.sh",
 )
 """Its commands, which tests run from a copy of the checkout, with the arguments of a short run behind them."""
@@ -149,9 +151,12 @@ def test_before_the_time_limit_it_saves_and_is_requeued(
     assert_gone_on(job, expected, at_most=5)  # on a slow machine it strikes again
 
 
+@pytest.mark.parametrize("grace", ["10", "0"])
 def test_a_job_of_higher_priority_has_it_requeued(
-    cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result]
+    cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result], grace: str
 ) -> None:
+    """With a grace time Slurm signals the ranks alone, and leaves it to the script; without, the script too."""
+    cluster.run("scontrol", "update", "partitionname=main", f"gracetime={grace}")
     job = Job(cluster, tmp_path, *TWO_NODES)
     job.wait_under_way()
     other = cluster.sbatch("--partition=urgent", "--nodes=3", "--exclusive", "--wrap=srun sleep 1", cwd=tmp_path)
@@ -234,6 +239,32 @@ def test_a_mistake_that_only_the_run_finds_is_not_requeued(cluster: Cluster, tmp
     assert cluster.show(job.id)["ExitCode"] == "2:0"
     assert cluster.restarts(job.id) == 0
     assert re.match(r"\[rank \d\] error: .*0\.png cannot be decoded", job.log.splitlines()[-1])
+
+
+def test_an_error_of_the_run_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, "--nodes=1", "--gpus-per-node=2", arguments=("optim.lr=1e30", "optim.warmup_epochs=0"))
+    job.wait_for("FAILED")
+    assert cluster.show(job.id)["ExitCode"] == "1:0"
+    assert cluster.restarts(job.id) == 0
+    assert job.status.startswith("failed: "), job.log
+    assert "] error: " in job.log.splitlines()[-1]
+
+
+def test_what_cannot_start_is_requeued_once(cluster: Cluster, tmp_path: Path) -> None:
+    """As after a node is lost whose lock the file server still has: here another process holds it, as if it were elsewhere."""
+    job = Job(cluster, tmp_path, "--nodes=1", arguments=("train.epochs=20",))
+    job.wait_under_way()
+    cluster.cancel(job.id, "--batch", "--signal=USR1")
+    cluster.wait_until(lambda: job.status.startswith("stopped"), 60, job.id)
+    with open(job.run_dir / "lock", "r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write("pid 1 on node1\n")
+        lock.flush()
+        job.wait_for("FAILED")
+    assert cluster.restarts(job.id) == 2
+    assert "the run never started; it is requeued" in job.log
+    assert "is in use by pid 1 on node1" in job.log.splitlines()[-1]
 
 
 def test_of_an_array_only_the_stopped_task_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
@@ -328,7 +359,12 @@ def test_run_by_hand_it_looks_first_and_submits(cluster: Cluster, tmp_path: Path
     assert "which do not split over 3 ranks" in three.stderr.splitlines()[-1]
     mixed = cluster.run(TRAIN, "--nodes=2", *line, cwd=tmp_path, check=False)
     assert (mixed.returncode, "put -- before the arguments" in mixed.stderr) == (2, True)
+    percent = cluster.run(TRAIN, "--output=%x/%j.out", "--", *line, cwd=tmp_path, check=False)
+    assert "has a % in the name of a folder" in percent.stderr
     assert cluster.run("squeue", "--noheader").stdout == "", "none of them was submitted"
+    (array,) = submit(cluster, tmp_path, f"{TRAIN} --array=2-3 --hold -- seed=%a", *line)
+    assert cluster.show(f"{array}_2")["ArrayTaskId"] == "2-3"
+    cluster.cancel(array)
 
     copy = copy_checkout(tmp_path)
     command = README["by_hand"].replace(" -- ", " -o 'a folder/%j.out' -- ")
@@ -343,7 +379,7 @@ def test_in_an_allocation_of_ones_own(cluster: Cluster, tmp_path: Path) -> None:
     copy = copy_checkout(tmp_path)
     command = f"{README['salloc']} {shlex.join((*ARGUMENTS, 'train.max_steps=2', 'run_dir=run'))}"
     done = cluster.run("bash", "-c", command, cwd=copy, timeout=60)
-    assert "32 images a step = 2 ranks x 8 images x 2 micro-batches" in done.stdout
+    assert "32 images a step = 4 ranks x 8 images" in done.stdout
     assert "To follow: this terminal." in done.stdout
     assert (copy / "run" / "status").read_text() == "finished\n"
 
