@@ -1,0 +1,180 @@
+"""launch/ssh.sh over real sshd in machines of their own, with host keys and a user key that are made for the test."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from documented import copy_checkout
+from launched import ARGUMENTS, SHORT, wait_until
+from slurm_cluster import Cluster
+
+LONG = ("train.epochs=400",)
+
+
+class Hosts:
+    """node1, node2 and node3 with an sshd each, and a copy of the checkout that all of them see."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster, self.folder, self.copy = cluster, folder, copy_checkout(folder)
+        keys = folder / "keys"
+        keys.mkdir()
+        for name in ("user", "node1", "node2", "node3"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", keys / name], check=True)
+        (keys / "authorized").write_text((keys / "user.pub").read_text())
+        known = ""
+        for node in ("node1", "node2", "node3"):
+            known += f"{node} {(keys / f'{node}.pub').read_text()}"
+            (keys / f"{node}.conf").write_text(
+                f"HostKey {keys / node}\nAuthorizedKeysFile {keys / 'authorized'}\nPasswordAuthentication no\nUsePAM no\n"
+                f"StrictModes no\nPidFile none\nPermitRootLogin prohibit-password\n"
+            )
+            cluster.on(
+                node,
+                "bash",
+                "-c",
+                f"mkdir -p /run/sshd; exec /usr/sbin/sshd -f {shlex.quote(str(keys / f'{node}.conf'))}",
+            )
+        (keys / "known").write_text(known)
+        (keys / "config").write_text(
+            f"IdentityFile {keys / 'user'}\nUserKnownHostsFile {keys / 'known'}\nStrictHostKeyChecking yes\nUser root\n"
+        )
+        setup = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+        self.environment = {
+            "SSH": f"ssh -F {keys / 'config'}",
+            "SETUP": setup,
+            "NPROC_PER_NODE": "2",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def command(self, hosts: str, *arguments: str) -> list[str]:
+        (self.copy / "hosts").write_text(hosts)
+        return ["launch/ssh.sh", "hosts", *ARGUMENTS, *arguments]
+
+    def run(self, hosts: str, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        """launch/ssh.sh on the cluster's head, to its end."""
+        env = self.environment | environment
+        return self.cluster.run(*self.command(hosts, *arguments), cwd=self.copy, env=env, timeout=120, check=False)
+
+    def start(self, hosts: str, *arguments: str) -> "subprocess.Popen[str]":
+        """The same under way: it has saved a checkpoint."""
+        script = Path(__file__).parent / "cluster.sh"
+        process = subprocess.Popen(
+            [script, "exec", "bash", "-c", 'echo $$ > pid; exec "$@"', "-", *self.command(hosts, *arguments)],
+            cwd=self.copy,
+            env={**os.environ, **self.environment, "CLUSTER_DIR": str(self.cluster.folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=open(self.folder / "out", "w"),  # noqa: SIM115 - until the process ends
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        assert wait_until(lambda: any(self.copy.glob("run/checkpoints/step_*.pt")) or process.poll() is not None, 90), (
+            self.said
+        )
+        assert process.poll() is None, self.said
+        return process
+
+    @property
+    def said(self) -> str:
+        return (self.folder / "out").read_text()
+
+    @property
+    def status(self) -> str:
+        return (self.copy / "run" / "status").read_text().strip()
+
+    def signal(self, name: str) -> None:
+        """To launch/ssh.sh."""
+        self.cluster.run("kill", f"-{name}", (self.copy / "pid").read_text().strip())
+
+    def left(self) -> dict[str, str]:
+        """What still runs of it on each host."""
+        find = "pgrep -fa 'ddp_cifar|torchrun|node.sh|remote.sh' || true"
+        return {node: said for node in ("node1", "node2") if (said := self.cluster.on(node, "bash", "-c", find).stdout)}
+
+    def none_left(self, seconds: float) -> bool:
+        return wait_until(lambda: not self.left(), seconds)
+
+
+@pytest.fixture
+def hosts(cluster: Cluster, tmp_path: Path) -> Hosts:
+    return Hosts(cluster, tmp_path)
+
+
+TWO = "# the first is where they meet\nnode1\n  root@node2   # with its user\n"
+
+
+def test_a_run_over_two_hosts(hosts: Hosts) -> None:
+    done = hosts.run(TWO, *SHORT, "run_dir=it's a run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 (2 nodes x 2)" in done.stdout, "the look at the run"
+    assert "[node1] [rank 0] " in done.stdout or "[root@node2] [rank 0] " in done.stdout
+    assert (hosts.copy / "it's a run" / "status").read_text() == "finished\n"
+    assert hosts.none_left(10), hosts.left()
+
+    preflight = hosts.run(TWO, "--json", "found.json", MODULE="ddp_cifar.preflight")
+    assert preflight.returncode == 0, preflight.stdout + preflight.stderr
+    assert json.loads((hosts.copy / "found.json").read_text())["ok"]
+
+
+def test_each_host_that_is_not_ready_is_named(hosts: Hosts) -> None:
+    hosts.cluster.crash("node3")
+    done = hosts.run(f"{TWO}node3\n", "run_dir=run")
+    assert done.returncode == 2
+    assert "error: node3 cannot be reached by ssh (" in done.stderr
+    assert (
+        done.stderr.splitlines()[-1] == "error: 1 of 3 hosts are not ready, for the reasons above; nothing was started"
+    )
+
+    setup = f"{hosts.environment['SETUP']}; [ $(hostname) != node2 ] || PATH=/usr/bin:/bin"
+    done = hosts.run(TWO, "run_dir=run", SETUP=setup)
+    assert done.returncode == 2
+    assert "error: root@node2: torchrun is not on PATH: set SETUP, or make install there" in done.stderr
+
+    copy = shlex.quote(str(hosts.copy))
+    edit = f"cd {copy}; cp ddp_cifar/train.py other; echo '# edited' >> other; mount --bind other ddp_cifar/train.py"
+    hosts.cluster.on("node2", "bash", "-c", edit)
+    done = hosts.run(TWO, "run_dir=run")
+    assert done.returncode == 2
+    assert "error: root@node2 has other files in" in done.stderr
+    assert "bring both to the same commit" in done.stderr
+
+    done = hosts.run("node1\n", "run_dir=run", "optim.lrr=1")
+    assert done.returncode == 2
+    assert "error: node1: " in done.stderr
+    assert "did you mean optim.lr?" in done.stderr
+    assert not (hosts.copy / "run").exists()
+    for wrong, message in (("# none\n", "names no host"), ("node1\nnode1\n", "names node1 twice")):
+        assert message in hosts.run(wrong).stderr
+
+
+@pytest.mark.parametrize("name", ["INT", "KILL"])
+def test_ctrl_c_and_a_lost_client_leave_no_process_behind(hosts: Hosts, name: str) -> None:
+    process = hosts.start(TWO, *LONG, "run_dir=run")
+    hosts.signal(name)
+    status = process.wait(60)
+    assert (status == 0) == (name == "INT"), hosts.said
+    assert hosts.none_left(40), hosts.left()
+    assert hosts.status.startswith("stopped: SIGINT" if name == "INT" else "stopped: SIGTERM"), hosts.said
+
+
+def test_a_lost_connection_ends_all(hosts: Hosts) -> None:
+    process = hosts.start(TWO, *LONG, "run_dir=run")
+    hosts.cluster.on("node2", "ip", "link", "set", "eth0", "down")
+    assert process.wait(120) != 0
+    assert "error: " in hosts.said.splitlines()[-1]
+    assert hosts.none_left(100), hosts.left()
+
+
+def test_a_killed_rank_ends_all_and_is_the_last_line(hosts: Hosts) -> None:
+    process = hosts.start(TWO, *LONG, "run_dir=run")
+    sign = json.loads((hosts.copy / "run" / "heartbeats" / "rank_3").read_text())
+    hosts.cluster.on(sign["host"], "kill", "-9", str(sign["pid"]))
+    assert process.wait(90) == 1, hosts.said
+    last = hosts.said.splitlines()[-1]
+    assert "error: a process ended without a word" in last or "another rank is gone" in last
+    assert hosts.none_left(30), hosts.left()
