@@ -18,7 +18,10 @@ README = commands_of(
     one="^launch/local.sh",
     two_ranks="run_dir=runs/two ranks",
     two_nodes="NNODES=2 NPROC_PER_NODE=2",
-    evaluate="MODULE=",
+    evaluate="evaluate",
+    preflight="^launch/preflight.sh",
+    ssh="^launch/ssh.sh",
+    preflight_by_ssh="preflight launch/ssh.sh",
     by_hand="HEAD=",
 )
 
@@ -108,13 +111,16 @@ def test_a_wrong_setting_of_a_script(shell: Shell, script: str, setting: dict[st
 
 @pytest.mark.slow
 def test_the_commands_of_the_page_on_launch(shell: Shell, tmp_path: Path) -> None:
-    """But for the one for several machines, which tests/slurm has."""
+    """But for those for several machines, which tests/slurm has."""
     copy = copy_checkout(tmp_path)
     short = " ".join((*TINY, "train.micro_batch_size=8"))
     for name, run_dir in (("one", "demo"), ("two_ranks", "two ranks"), ("two_nodes", "two-nodes")):
         done = shell("bash", "-c", f"{README[name]} {short}", cwd=copy)
         assert done.status == 0, done.err
         assert (copy / "runs" / run_dir / "status").read_text() == "finished\n"
+    done = shell("bash", "-c", f"{README['preflight']} {short}", cwd=copy)
+    assert done.status == 0, done.out + done.err
+    assert "the preflight passed" in done.out
     done = shell("bash", "-c", README["evaluate"], cwd=copy)
     assert done.status == 0, done.err
     assert "runs/demo/checkpoints/step_00000002.pt (epoch 1, step 2), test: 20 images" in done.out

@@ -93,7 +93,7 @@ class Hosts:
 
     def left(self) -> dict[str, str]:
         """What still runs of it on each host."""
-        find = "pgrep -fa 'ddp_cifar|torchrun|node.sh|remote.sh' || true"
+        find = "pgrep -fa '[d]dp_cifar|[t]orchrun|[n]ode.sh|[r]emote.sh' || true"
         return {node: said for node in ("node1", "node2") if (said := self.cluster.on(node, "bash", "-c", find).stdout)}
 
     def none_left(self, seconds: float) -> bool:
