@@ -25,7 +25,9 @@ while kill -0 "$node" 2>/dev/null; do
   done
   kill -QUIT "$node" 2>/dev/null || true
   sleep 10
-  kill -KILL -- "-$node" 2>/dev/null || true
+  # torchrun may wait for a network that is gone; its ranks end with it
+  pkill -KILL -P "$node" || true
+  kill -KILL "$node" 2>/dev/null || true
   exit 1
 done
 wait_for "$node" && status=0 || status=$?

@@ -108,7 +108,9 @@ def test_all_that_is_wrong_is_found_at_once(machines: Machines) -> None:
     damaged = copy / "damaged"
     paths = {"copy": copy, "data": data, "damaged": damaged, "other": copy / "other"}
     quoted = {name: shlex.quote(str(path)) for name, path in paths.items()}
-    machines.plant("node2", "tc qdisc add dev eth0 root tbf rate 40mbit burst 32kbit latency 400ms")
+    machines.plant(
+        "node2", "tc qdisc add dev eth0 root tbf rate 40mbit burst 32kbit latency 400ms"
+    )  # netem is in few kernels
     machines.plant(
         "node3",
         f"cp -r {quoted['copy']}/ddp_cifar {quoted['other']}; echo '# edited' >> {quoted['other']}/train.py; "
