@@ -1,4 +1,4 @@
-"""What the preflight concludes, without a cluster: tests/slurm/test_preflight.py plants real faults."""
+"""What the preflight concludes, without a cluster: tests/slurm/test_planted_faults.py plants real faults."""
 
 import itertools
 import json
