@@ -294,7 +294,7 @@ def test_names_need_not_be_utf8(shell: Shell, tmp_path: Path) -> None:
     arguments = ("data.name=imagefolder", f"data.root={root}", f"run_dir={tmp_path / 'run'}", "train.epochs=1")
     sizes = ("train.global_batch_size=12", "train.micro_batch_size=12")
     refused = shell("launch/local.sh", *arguments, *sizes, NPROC_PER_NODE="1")
-    assert refused.status == 1
+    assert refused.status == 2
     assert "cannot be decoded" in refused.err.splitlines()[-1]
     assert "Traceback" not in refused.out
     trained = shell(sys.executable, "-m", "ddp_cifar.train", *arguments, *sizes, "data.on_corrupt=skip")

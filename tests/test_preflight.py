@@ -115,6 +115,7 @@ def test_a_check_that_raises_anything_is_a_failure() -> None:
     assert found.outcomes == [Outcome("good", OK, "fine"), Outcome("bad", FAIL, "OSError: no such thing", "do this")]
 
 
+@pytest.mark.slow
 def test_a_machine_passes_and_leaves_nothing(shell: Callable[..., Any], tmp_path: Path) -> None:
     found = tmp_path / "found.json"
     arguments = shlex.join([*TINY, f"run_dir={tmp_path / 'runs' / 'run'}", "--json", str(found)])

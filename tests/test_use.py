@@ -236,6 +236,7 @@ def test_compare_says_where_runs_part_and_how_seeds_spread(tmp_path: Path, capsy
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_machine_is_used_on_this_one(
     shell: Shell, trained: Path, files: tuple[Path, DataSet], tmp_path: Path
 ) -> None:
