@@ -100,10 +100,18 @@ def save_checkpoint(path: Path, state: State) -> None:
     """
     buffer = io.BytesIO()  # in memory first: a full disk then is an OSError here, and not an abort inside torch
     torch.save({**state, "digest": digest(state)}, buffer)
+    write_durably(path, buffer.getbuffer())
+
+
+def write_durably(path: Path, content: bytes | memoryview) -> None:
+    """Write a file under another name, fsync, rename, fsync of the folder: `path` is as it was before, or whole.
+
+    Raises `OSError` if it cannot be written, and then leaves nothing behind.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -106,6 +106,11 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f}%"
 
 
+def megabytes(num_bytes: float, digits: int = 1) -> str:
+    """As a table has it: so many MB, of a million bytes, with `digits` behind the point; GB from one on."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.{digits}f} MB"
+
+
 def record_error(message: str, status: int, details: str = "") -> None:
     """Leave the error where torchrun looks for it, in the form that torch's `@record` writes.
 

@@ -285,9 +285,7 @@ def _is_restarted_on_a_used_store() -> bool:
 
 def _unused_part_of_the_store() -> PrefixStore:
     """torchrun's store, under names that belong to this restart: ranks would wait for the dead ones' addresses."""
-    address, port = os.environ["MASTER_ADDR"], _from_environment("MASTER_PORT", 0)
-    store = TCPStore(address, port, is_master=False, timeout=COLLECTIVE_TIMEOUT)
-    return PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", open_store())
 
 
 def _from_environment(name: str, default: int) -> int:

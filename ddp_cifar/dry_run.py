@@ -4,6 +4,7 @@ On one process, without a GPU: the config is valid, data and checkpoints are the
 model and the optimizer make a step. Prints what the run would be.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ddp_cifar.checkpoint import Checkpoints, Loaded, check_same_run, find_checkpoint, load_init, load_weights
-from ddp_cifar.command import Arguments, show
+from ddp_cifar.command import Arguments, megabytes, show
 from ddp_cifar.config import Config, load_config
 from ddp_cifar.data import DataSet, outline_dataset
 from ddp_cifar.data.sampler import BatchPlan, check_batch_size, plan_batches
-from ddp_cifar.distributed import open_world, place_from_environment
+from ddp_cifar.distributed import open_world_alone, place_from_environment
 from ddp_cifar.errors import UserError
 from ddp_cifar.models import build_model
 from ddp_cifar.optim import build_optimizer
@@ -50,13 +51,14 @@ def dry_run(argv: Sequence[str]) -> int:
     resumed = find_checkpoint(config.resume, Checkpoints(run_dir.checkpoints, config.checkpoint.keep), mend=False)
     if resumed:
         check_same_run(resumed, config)
-    with open_world("cpu", "gloo") as world:
+    with open_world_alone() as world:
         dataset = outline_dataset(config.data, world)
     plan = plan_batches(config.train, world_size, len(dataset.train))
     model = build_model(config.model, len(dataset.classes), dataset.train.image_size)
     if not resumed and config.model.init != "random":
         load_weights(model, load_init(config.model.init), config.model.init, new_head=True)
     footprint = footprint_of(config, plan, dataset, model)
+    size = functools.partial(megabytes, digits=0)
     lines = {
         "run_dir": f"{config.run_dir} ({_state(config, resumed)})",
         "data": f"{config.data.name}: {_sizes(dataset)}",
@@ -64,10 +66,10 @@ def dry_run(argv: Sequence[str]) -> int:
         "ranks": f"{world_size} ({options.nodes} nodes x {options.nproc_per_node})",
         "a step": str(plan),
         "in all": _steps(config, plan),
-        "memory a rank": f"about {_mb(footprint.memory)}, beside what the backend takes: weights, gradients and optimizer "
-        f"{_mb(footprint.state)}, activations of a micro-batch {_mb(footprint.activations)}, images {_mb(footprint.images)}",
-        "a checkpoint": f"{_mb(footprint.checkpoint)}; {config.checkpoint.keep} are kept: "
-        f"{_mb(footprint.checkpoint * config.checkpoint.keep)}",
+        "memory a rank": f"about {size(footprint.memory)}, beside what the backend takes: weights, gradients and optimizer "
+        f"{size(footprint.state)}, activations of a micro-batch {size(footprint.activations)}, images {size(footprint.images)}",
+        "a checkpoint": f"{size(footprint.checkpoint)}; {config.checkpoint.keep} are kept: "
+        f"{size(footprint.checkpoint * config.checkpoint.keep)}",
     }
     show("\n".join(f"{name:<14} {text}" for name, text in lines.items()))
     return 0
@@ -159,7 +161,3 @@ def _tensors(state: Any) -> Iterator[Tensor]:
     elif isinstance(state, (dict, list, tuple)):
         for value in state.values() if isinstance(state, dict) else state:
             yield from _tensors(value)
-
-
-def _mb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

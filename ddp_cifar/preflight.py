@@ -13,13 +13,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ddp_cifar.checks.common import compare, missing_ranks
-from ddp_cifar.checks.here import FAIL, OK, WARNING, Here, Outcome, mb, meet, wait_for
+from ddp_cifar.checks.here import FAIL, OK, WARNING, Here, Outcome, meet, wait_for
 from ddp_cifar.checks.machine import look_around
 from ddp_cifar.checks.network import Link, share
-from ddp_cifar.command import EXIT_FAILED, Arguments, leave, record_error, run_command, show, writing
+from ddp_cifar.command import EXIT_FAILED, Arguments, leave, megabytes, record_error, run_command, show, writing
 from ddp_cifar.config import load_config
 from ddp_cifar.distributed import local_place, place_from_environment
 from ddp_cifar.errors import UserError
@@ -59,41 +59,13 @@ def report(here: Here, began: float) -> int:
     own = {"outcomes": [asdict(outcome) for outcome in here.outcomes], "facts": here.facts}
     here.store.set(f"report/{here.rank}", json.dumps(own))
     if here.rank != 0:
-        deadline = time.monotonic() + 3 * here.options.patience
-        while not here.store.check(["verdict"]):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"rank {here.rank} on {here.host} had no word from rank 0, which is gone or out of reach"
-                )
-            time.sleep(0.05)
+        if not wait_for(here, "verdict", [0], 3 * here.options.patience):
+            raise UserError(f"rank {here.rank} on {here.host} had no word from rank 0, which is gone or out of reach")
         here.store.set(f"bye/{here.rank}", "")
         return 0
-    ranks = wait_for(here, "report")
-    reports = {rank: json.loads(here.store.get(f"report/{rank}")) for rank in ranks}
-    silent = [facts for facts in here.everyone if facts["rank"] not in reports]
-    for facts in silent:
-        at = (
-            here.store.get(f"at/{facts['rank']}").decode() if here.store.check([f"at/{facts['rank']}"]) else "the start"
-        )
-        outcome = Outcome(
-            at,
-            FAIL,
-            f"it fell silent in the check '{at}'",
-            "look at that node: is it up, and does it still reach the others?",
-        )
-        reports[facts["rank"]] = {"outcomes": [asdict(outcome)], "facts": facts}
-    rows = {
-        rank: (reports[rank]["facts"], [Outcome(**each) for each in reports[rank]["outcomes"]])
-        for rank in sorted(reports)
-    }
+    rows = collect(here)
+    lines = findings(rows)
     show(table(rows))
-    failed = [
-        (rank, outcome)
-        for rank, (_, outcomes) in rows.items()
-        for outcome in outcomes
-        if outcome.verdict in (FAIL, WARNING)
-    ]
-    lines = findings(failed, {rank: facts["host"] for rank, (facts, _) in rows.items()})
     if lines:
         show("\n" + "\n".join(lines))
     show("\n" + "\n".join(measurements(here)))
@@ -103,18 +75,15 @@ def report(here: Here, began: float) -> int:
             "ok": num_failed == 0,
             "seconds": time.monotonic() - began,
             "missing": missing_ranks(here),
-            "ranks": [
-                {**facts, "outcomes": [asdict(outcome) for outcome in outcomes]} for facts, outcomes in rows.values()
-            ],
+            "ranks": [{**row.facts, "outcomes": [asdict(outcome) for outcome in row.outcomes]} for row in rows],
             **here.measured,
         }
         with writing(here.options.json):
             here.options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    here.store.set("verdict", "")
-    deadline = time.monotonic() + 5
-    alive = [rank for rank in ranks if rank != 0]
-    while time.monotonic() < deadline and not all(here.store.check([f"bye/{rank}"]) for rank in alive):
-        time.sleep(0.02)
+    here.store.set("verdict/0", "")
+    wait_for(
+        here, "bye", [row.rank for row in rows if row.rank != 0 and not row.is_silent], 5
+    )  # the store ends with rank 0
     if num_failed:
         message = f"the preflight failed: {lines[0].removeprefix(FAIL).strip()}" + (
             f" (and {num_failed - 1} more, above)" if num_failed > 1 else ""
@@ -126,27 +95,56 @@ def report(here: Here, began: float) -> int:
     return 0
 
 
-def table(rows: dict[int, tuple[dict[str, Any], list[Outcome]]]) -> str:
+class Row(NamedTuple):
+    """What rank 0 knows of a rank in the end."""
+
+    facts: dict[str, Any]
+    outcomes: list[Outcome]
+    is_silent: bool = False
+
+    @property
+    def rank(self) -> int:
+        return int(self.facts["rank"])
+
+
+def collect(here: Here) -> list[Row]:
+    """Each rank's facts and outcomes; of one that has arrived and then fell silent, the check that it was at."""
+    reported = wait_for(here, "report", range(here.world_size))
+    rows = []
+    for rank in reported:
+        found = json.loads(here.store.get(f"report/{rank}"))
+        rows.append(Row(found["facts"], [Outcome(**outcome) for outcome in found["outcomes"]]))
+    for facts in here.everyone:
+        if (rank := facts["rank"]) not in reported:
+            at = here.store.get(f"at/{rank}").decode() if here.store.check([f"at/{rank}"]) else "the start"
+            hint = "look at that node: is it up, and does it still reach the others?"
+            rows.append(Row(facts, [Outcome(at, FAIL, f"it fell silent in the check '{at}'", hint)], is_silent=True))
+    return sorted(rows, key=lambda row: row.rank)
+
+
+def table(rows: Sequence[Row]) -> str:
     """A row a rank, a column a check."""
-    checks = list(dict.fromkeys(outcome.check for _, outcomes in rows.values() for outcome in outcomes))
-    host_width = max(4, *(len(facts["host"]) for facts, _ in rows.values()))
+    checks = list(dict.fromkeys(outcome.check for row in rows for outcome in row.outcomes))
+    host_width = max(4, *(len(row.facts["host"]) for row in rows))
     lines = [" ".join(["rank", f"{'host':<{host_width}}", *(f"{check:<{max(7, len(check))}}" for check in checks)])]
-    for rank, (facts, outcomes) in rows.items():
-        verdicts = {outcome.check: outcome.verdict for outcome in outcomes}
+    for row in rows:
+        verdicts = {outcome.check: outcome.verdict for outcome in row.outcomes}
         cells = [f"{verdicts.get(check, ''):<{max(7, len(check))}}" for check in checks]
-        lines.append(" ".join([f"{rank:>4}", f"{facts['host']:<{host_width}}", *cells]).rstrip())
+        lines.append(" ".join([f"{row.rank:>4}", f"{row.facts['host']:<{host_width}}", *cells]).rstrip())
     return "\n".join(lines)
 
 
-def findings(failed: Sequence[tuple[int, Outcome]], hosts: dict[int, str]) -> list[str]:
+def findings(rows: Sequence[Row]) -> list[str]:
     """A line for each thing that is wrong, failures first; ranks that found the same share one."""
-    grouped: dict[Outcome, list[int]] = {}
-    for rank, outcome in failed:
-        grouped.setdefault(outcome, []).append(rank)
+    found: dict[Outcome, list[Row]] = {}
+    for row in rows:
+        for outcome in row.outcomes:
+            if outcome.verdict in (FAIL, WARNING):
+                found.setdefault(outcome, []).append(row)
     lines = []
-    for outcome, ranks in sorted(grouped.items(), key=lambda item: item[0].verdict != FAIL):
-        where = ", ".join(dict.fromkeys(hosts[rank] for rank in ranks))
-        who = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} ({where})"
+    for outcome, those in sorted(found.items(), key=lambda item: item[0].verdict != FAIL):
+        where = ", ".join(dict.fromkeys(row.facts["host"] for row in those))
+        who = f"rank{'s' * (len(those) > 1)} {', '.join(str(row.rank) for row in those)} ({where})"
         lines.append(
             f"{outcome.verdict} {outcome.check}, {who}: {outcome.found}"
             + (f". To do: {outcome.hint}" if outcome.hint else "")
@@ -162,16 +160,17 @@ def measurements(here: Here) -> list[str]:
     for row in here.measured.get("all_reduce", []):
         lines.append(
             f"all-reduce of {row['bytes'] / 1024:,.0f} KiB: {row['min_s'] * 1e3:.2f} / {row['median_s'] * 1e3:.2f} / "
-            f"{row['max_s'] * 1e3:.2f} ms (min / median / max), bus {mb(row['bus_bytes_per_s'])}/s"
+            f"{row['max_s'] * 1e3:.2f} ms (min / median / max), bus {megabytes(row['bus_bytes_per_s'])}/s"
         )
     if links := [Link(**link) for link in here.measured.get("links", [])]:
         hosts = {facts["rank"]: facts["host"] for facts in here.everyone}
         latencies, speeds = sorted(link.latency_s * 1e3 for link in links), sorted(link.bytes_per_s for link in links)
         slow = min(links, key=lambda link: link.bytes_per_s)
+        slowest, median, fastest = map(megabytes, (speeds[0], statistics.median(speeds), speeds[-1]))
         lines.append(
             f"links: {len(links)}, latency {latencies[0]:.2f} / {statistics.median(latencies):.2f} / {latencies[-1]:.2f} ms, "
-            f"{mb(speeds[0])}/s / {mb(statistics.median(speeds))}/s / {mb(speeds[-1])}/s; the slowest: rank {slow.one} "
-            f"({hosts[slow.one]}) - rank {slow.other} ({hosts[slow.other]})"
+            f"{slowest}/s / {median}/s / {fastest}/s; the slowest: rank {slow.one} ({hosts[slow.one]}) - rank {slow.other} "
+            f"({hosts[slow.other]})"
         )
     return lines
 

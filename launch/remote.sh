@@ -10,7 +10,6 @@ set -m # the node gets a group of its own, and Ctrl-C from here alone
 node=$!
 set +m
 trap '' HUP PIPE TERM INT # the node is ended in good order
-exec 3>&2
 while kill -0 "$node" 2>/dev/null; do
   word=''
   if IFS= read -r -t 30 word; then

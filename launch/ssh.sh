@@ -20,7 +20,6 @@ set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
-set +m
 
 hosts_file=${1:-}
 [ -f "$hosts_file" ] || refuse "there is no hosts file ${hosts_file:-(none given)}: expected launch/ssh.sh HOSTS_FILE [CONFIG.yaml] [key=value ...]"

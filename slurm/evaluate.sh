@@ -21,8 +21,4 @@ fi
 source "$here/job.sh"
 [ -n "${SLURM_JOB_ID:-}" ] || refuse "expected a job: sbatch [sbatch options] slurm/evaluate.sh CHECKPOINT [key=value ...]"
 take_place
-export MODULE=ddp_cifar.evaluate
-start_nodes "$PWD/.evaluate-$job" "$@"
-trap 'rm -rf "$LOG_DIR"' EXIT
-finish_nodes
-exit "$status"
+run_module ddp_cifar.evaluate "$@"

@@ -56,6 +56,16 @@ finish_nodes() {
   rm -rf "$LOG_DIR"
 }
 
+# run_module MODULE ARGUMENT...: that module on every node of this job, to its end; exits with its status.
+run_module() {
+  export MODULE=$1
+  shift
+  trap 'rm -rf "$LOG_DIR"' EXIT
+  start_nodes "$PWD/.${MODULE##*.}-$job" "$@"
+  finish_nodes
+  exit "$status"
+}
+
 # describe_job RUN_DIR START: what this job is, how to follow it, how to stop it.
 describe_job() {
   local log cores=${SLURM_CPUS_ON_NODE:-$(nproc)}

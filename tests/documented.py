@@ -12,14 +12,22 @@ def commands_of(page: str, **parts: str) -> dict[str, str]:
 
     All of them must have a name, but for those that say what they need that no test has.
     """
-    lines = re.findall(r"^    (\S.*)$", (CHECKOUT / page).read_text(), re.MULTILINE)
-    commands = [line for line in lines if "# needs" not in line]
-    named = {name: [command for command in commands if re.search(part, command)] for name, part in parts.items()}
-    for name, found in named.items():
-        assert len(found) == 1, f"{page}: {len(found)} commands have {parts[name]!r}"
-    unnamed = set(commands) - {command for found in named.values() for command in found}
+    named = {name: command_of(page, part) for name, part in parts.items()}
+    unnamed = set(_commands(page)) - set(named.values())
     assert not unnamed, f"{page}: no test runs {unnamed}"
-    return {name: found[0] for name, found in named.items()}
+    return named
+
+
+def command_of(page: str, part: str) -> str:
+    """The one indented command of the page in which the regular expression `part` is found."""
+    found = [command for command in _commands(page) if re.search(part, command)]
+    assert len(found) == 1, f"{page}: {len(found)} commands have {part!r}"
+    return found[0]
+
+
+def _commands(page: str) -> list[str]:
+    lines = re.findall(r"^    (\S.*)$", (CHECKOUT / page).read_text(), re.MULTILINE)
+    return [line for line in lines if "# needs" not in line]
 
 
 def copy_checkout(folder: Path) -> Path:

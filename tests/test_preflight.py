@@ -16,7 +16,7 @@ from ddp_cifar.checks.common import check_arrival, check_own_device, check_versi
 from ddp_cifar.checks.here import FAIL, OK, WARNING, Here, Outcome, Problem
 from ddp_cifar.checks.machine import addresses_by_interface, digest_of
 from ddp_cifar.checks.network import rounds
-from ddp_cifar.preflight import findings
+from ddp_cifar.preflight import Row, findings
 
 
 def here(arrived: list[str], rank: int = 0, world_size: int | None = None, **options: Any) -> Here:
@@ -94,7 +94,8 @@ def test_equal_files_have_equal_digests_wherever_they_are(tmp_path: Path) -> Non
 
 def test_ranks_that_found_the_same_share_a_line_and_failures_come_first() -> None:
     slow, full = Outcome("links", WARNING, "slow", "call"), Outcome("disk", FAIL, "full", "make room")
-    lines = findings([(0, slow), (0, full), (1, full), (2, full)], {0: "a", 1: "a", 2: "b"})
+    found = ((0, "a", [slow, full]), (1, "a", [full]), (2, "b", [full]))
+    lines = findings([Row({"rank": rank, "host": host}, outcomes) for rank, host, outcomes in found])
     assert lines == [
         "FAIL disk, ranks 0, 1, 2 (a, b): full. To do: make room",
         "warning links, rank 0 (a): slow. To do: call",

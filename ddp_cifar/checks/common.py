@@ -14,11 +14,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from ddp_cifar.checks.here import Here, LeftOut, Problem
+from ddp_cifar.checkpoint import write_durably
+from ddp_cifar.checks.here import Here, LeftOut, Problem, wait_for
 from ddp_cifar.run_dir import RunDir
 
+PROBE_BYTES = 2**20
 RUN_DIR_HINT = "see to it that run_dir is on a file system that all nodes share"
 
 
@@ -170,7 +170,7 @@ def check_run_dir(here: Here) -> str:
             patience / 6,
             f"run_dir={run_dir} on {here.host} is not the folder that it is on {here.everyone[0]['host']}",
         )
-        _write_file(folder / f"rank_{here.rank}")
+        write_durably(folder / f"rank_{here.rank}", os.urandom(PROBE_BYTES))
         with open(folder / "lock") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -188,29 +188,21 @@ def check_run_dir(here: Here) -> str:
 
 
 def _first_of_run_dir(here: Here, folder: Path, new: Sequence[Path]) -> str:
+    """Rank 0's part: make the folder, hold the lock while the others look, and see what they wrote; nothing of it stays."""
     others = [facts for facts in here.everyone if facts["local_rank"] == 0 and facts["rank"] != 0]
-    written = b"no"
-    try:
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(_remove, folder, new)
         try:
             folder.mkdir(parents=True)
-            with open(folder / "lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _write_file(folder / "rank_0")
-                written = b"yes"
-                here.store.set("run_dir/written", written)
-                with contextlib.suppress(dist.DistError):
-                    here.store.wait(
-                        [f"run_dir/{facts['rank']}" for facts in others], timedelta(seconds=here.options.patience)
-                    )
-        finally:
-            if written == b"no":
-                here.store.set("run_dir/written", written)
+            lock = cleanup.enter_context(open(folder / "lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write_durably(folder / "rank_0", os.urandom(PROBE_BYTES))
+        except OSError:
+            here.store.set("run_dir/written", "no")
+            raise
+        here.store.set("run_dir/written", "yes")
+        wait_for(here, "run_dir", [facts["rank"] for facts in others])
         unseen = [facts["host"] for facts in others if not (folder / f"rank_{facts['rank']}").exists()]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        for path in new:
-            with contextlib.suppress(OSError):
-                path.rmdir()
     if unseen:
         raise Problem(
             f"what {', '.join(unseen)} wrote to run_dir={here.config.run_dir} is not seen on {here.host}",
@@ -219,19 +211,12 @@ def _first_of_run_dir(here: Here, folder: Path, new: Sequence[Path]) -> str:
     return f"{here.config.run_dir}: shared by {len(others) + 1} nodes" if others else f"{here.config.run_dir}: written"
 
 
-def _write_file(path: Path) -> None:
-    """As checkpoints are: another name, fsync, rename, fsync of the folder."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        file.write(os.urandom(2**20))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove(folder: Path, new: Sequence[Path]) -> None:
+    """The folder with what is in it, and the `new` ones around it, where they are empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in new:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def _expect_file(path: Path, patience_s: float, otherwise: str) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -97,20 +97,16 @@ def meet(here: Here) -> None:
             f"has not started, a firewall is between them, or that name leads elsewhere from here"
         ) from error
     here.store.set(f"facts/{here.rank}", json.dumps(here.facts))
-    ranks = wait_for(here, "facts")
+    ranks = wait_for(here, "facts", range(here.world_size))
     here.everyone = [json.loads(here.store.get(f"facts/{rank}")) for rank in ranks]
 
 
-def wait_for(here: Here, name: str) -> list[int]:
-    """The ranks that have left `name` in the store, once all have, or when patience ends."""
-    deadline = time.monotonic() + here.options.patience
-    ranks = list(range(here.world_size))
-    there: set[int] = set()
-    while len(there) < here.world_size and time.monotonic() < deadline:
-        there |= {rank for rank in ranks if rank not in there and here.store.check([f"{name}/{rank}"])}
+def wait_for(here: Here, name: str, ranks: Iterable[int], patience_s: float | None = None) -> list[int]:
+    """Which of `ranks` have left `name` in the store, once all have, or when patience ends."""
+    deadline = time.monotonic() + (here.options.patience if patience_s is None else patience_s)
+    absent, there = list(ranks), list[int]()
+    while absent and time.monotonic() < deadline:
+        there += [rank for rank in absent if here.store.check([f"{name}/{rank}"])]
+        absent = [rank for rank in absent if rank not in there]
         time.sleep(0.02)
     return sorted(there)
-
-
-def mb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 import ddp_cifar
-from ddp_cifar.checks.here import Here, LeftOut, Problem, mb
+from ddp_cifar.checks.here import Here, LeftOut, Problem
+from ddp_cifar.command import megabytes
 from ddp_cifar.data import files_of, outline_dataset
 from ddp_cifar.data.sampler import plan_batches
 from ddp_cifar.distributed import open_world_alone, pick_device
@@ -167,10 +168,10 @@ def check_limits(here: Here) -> str:
     needed_shm = 64 * 2**20 * here.local_world_size  # NCCL's buffers between the GPUs of a node
     if torch.cuda.is_available() and here.local_world_size > 1 and free < needed_shm:
         raise Problem(
-            f"/dev/shm has {mb(free)} free, NCCL may need {mb(needed_shm)}",
+            f"/dev/shm has {megabytes(free)} free, NCCL may need {megabytes(needed_shm)}",
             "give the container more (--shm-size), or empty it",
         )
-    return f"{files} open files, /dev/shm {mb(free)}"
+    return f"{files} open files, /dev/shm {megabytes(free)}"
 
 
 def check_data(here: Here) -> str:
@@ -195,7 +196,7 @@ def check_data(here: Here) -> str:
         return config.data.name
     digest, count, size = digest_of(files)
     here.facts["data"] = digest
-    return f"{count} of {len(files)} files read, {mb(size)}, sha256 {digest[:8]}"
+    return f"{count} of {len(files)} files read, {megabytes(size)}, sha256 {digest[:8]}"
 
 
 def digest_of(files: Sequence[Path]) -> tuple[str, int, int]:
@@ -236,7 +237,7 @@ def check_memory(here: Here) -> str:
         needed = here.local_world_size * (2 * needed + 0.5e9)
         free, total = available_memory()
         what = "memory"
-    found = f"{mb(free)} of {mb(total)} of {what} free, about {mb(needed)} needed"
+    found = f"{megabytes(free)} of {megabytes(total)} of {what} free, about {megabytes(needed)} needed"
     if free < needed:
         raise Problem(
             found, "end what else runs there, or ask for more (sbatch --mem), or a smaller train.micro_batch_size"
@@ -267,7 +268,7 @@ def check_disk(here: Here) -> str:
     while not folder.exists():
         folder = folder.parent
     free, needed = shutil.disk_usage(folder).free, (here.config.checkpoint.keep + 1) * here.footprint.checkpoint
-    found = f"{mb(free)} free for run_dir, {mb(needed)} needed for {here.config.checkpoint.keep + 1} checkpoints"
+    found = f"{megabytes(free)} free for run_dir, {megabytes(needed)} needed for {here.config.checkpoint.keep + 1} checkpoints"
     if free < needed:
         raise Problem(found, "make room, choose another run_dir, or a smaller checkpoint.keep")
     return found

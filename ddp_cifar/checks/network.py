@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddp_cifar.checks.here import FAIL, LEFT_OUT, Here, LeftOut, Outcome, Problem, mb
+from ddp_cifar.checks.here import FAIL, LEFT_OUT, Here, LeftOut, Outcome, Problem
+from ddp_cifar.command import megabytes
 from ddp_cifar.distributed import World, open_world
 
 CLOCK_SKEW_S = 2.0
@@ -82,7 +83,7 @@ def check_collectives(here: Here) -> str:
         raise Problem("an all-gather gives wrong numbers", AT_FAULT)
     here.measured["all_reduce"] = rows = [time_all_reduce(world, size) for size in SIZES]
     largest = rows[-1]
-    return f"all-reduce: {rows[0]['median_s'] * 1e3:.2f} ms for 1 KiB, {mb(largest['bus_bytes_per_s'])}/s for 16 MiB"
+    return f"all-reduce: {rows[0]['median_s'] * 1e3:.2f} ms for 1 KiB, {megabytes(largest['bus_bytes_per_s'])}/s for 16 MiB"
 
 
 def time_all_reduce(world: World, num_bytes: int) -> dict[str, float]:
@@ -161,22 +162,24 @@ def check_links(here: Here) -> str:
     if slow := [link for link in mine if is_slow(link)]:
         # of three and more, one whose links are all slow explains those of the others
         culprits = {rank for rank in members if len(members) > 2 and all(map(is_slow, links_of(rank)))}
-        shown = "; ".join(f"{name(link)}: {link.latency_s * 1e3:.2f} ms, {mb(link.bytes_per_s)}/s" for link in slow)
+        shown = "; ".join(
+            f"{name(link)}: {link.latency_s * 1e3:.2f} ms, {megabytes(link.bytes_per_s)}/s" for link in slow
+        )
         raise Problem(
             f"slow links: {shown}" + (f" (all of {hosts[here.rank]}'s)" if here.rank in culprits else ""),
             f"expected {here.options.max_latency_ms:g} ms at most and {here.options.min_mb_per_s:g} MB/s at least; {TELL}, or "
             f"choose another interface",
             is_warning=here.rank not in culprits and all({link.one, link.other} & culprits for link in slow),
         )
-    speeds = [link.bytes_per_s for link in links]
+    median = statistics.median(link.bytes_per_s for link in links)
     slowest = min(mine, key=lambda link: link.bytes_per_s)
-    if len(links) > 2 and slowest.bytes_per_s < statistics.median(speeds) / 8:
+    if len(links) > 2 and slowest.bytes_per_s < median / 8:
         raise Problem(
-            f"{name(slowest)}: {mb(slowest.bytes_per_s)}/s, the median of all links is {mb(statistics.median(speeds))}/s",
+            f"{name(slowest)}: {megabytes(slowest.bytes_per_s)}/s, the median of all links is {megabytes(median)}/s",
             TELL,
             is_warning=True,
         )
-    return f"{max(link.latency_s for link in mine) * 1e3:.2f} ms, {mb(slowest.bytes_per_s)}/s at worst"
+    return f"{max(link.latency_s for link in mine) * 1e3:.2f} ms, {megabytes(slowest.bytes_per_s)}/s at worst"
 
 
 def rounds(members: Sequence[int]) -> Iterator[tuple[int, int]]:

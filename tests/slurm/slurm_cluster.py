@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 SCRIPT = Path(__file__).parent / "cluster.sh"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY"}
@@ -34,16 +35,9 @@ class Cluster:
         """End it, with whatever runs there."""
         self._script("down")
 
-    def run(
-        self,
-        *command: str,
-        cwd: Path | None = None,
-        env: Mapping[str, str] | None = None,
-        timeout: float = 60,
-        check: bool = True,
-    ) -> "subprocess.CompletedProcess[str]":
-        """A command on the head; `env` is added to the environment."""
-        return self._script("exec", *command, cwd=cwd, env=env, timeout=timeout, check=check)
+    def run(self, *command: str, **options: Any) -> "subprocess.CompletedProcess[str]":
+        """A command on the head. Options: cwd, env (added to the environment), timeout in seconds, and check."""
+        return self._script("exec", *command, **options)
 
     def on(self, node: str, *command: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
         return self._script("on", node, *command, check=check)

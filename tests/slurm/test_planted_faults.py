@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documented import copy_checkout
+from documented import command_of, copy_checkout
 from slurm_cluster import Cluster
 
 TINY = (
@@ -75,9 +75,7 @@ def machines(cluster: Cluster, tmp_path: Path) -> Machines:
 
 def test_a_healthy_cluster_passes_on_slurm(cluster: Cluster, tmp_path: Path) -> None:
     copy = copy_checkout(tmp_path)
-    (command,) = re.findall(
-        r"^    (sbatch .*slurm/preflight.sh.*)$", (copy / "slurm" / "README.md").read_text(), re.MULTILINE
-    )
+    command = command_of("slurm/README.md", "slurm/preflight.sh")
     command = command.replace("--nodes=2 --gpus-per-node=2", "--nodes=3")
     line = f"{command} {shlex.join((*TINY, *SIZES, '--json', 'preflight.json'))}"
     job = cluster.run("bash", "-c", line, cwd=copy).stdout.split()[-1]

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from documented import commands_of, copy_checkout
+from documented import command_of, commands_of, copy_checkout
 from launched import ARGUMENTS, CHECKOUT, SHORT, Result, Run
 from slurm_cluster import Cluster
 
@@ -404,9 +404,7 @@ def test_a_chain_goes_on_without_requeue_and_cancels_what_is_not_needed(cluster:
 def test_nodes_that_are_started_by_hand_meet(cluster: Cluster, tmp_path: Path) -> None:
     """launch/README.md's command on two of the machines, without Slurm's help."""
     copy = copy_checkout(tmp_path)
-    (command,) = (
-        line.strip() for line in (copy / "launch" / "README.md").read_text().splitlines() if "HEAD=node1" in line[:20]
-    )
+    command = command_of("launch/README.md", "^HEAD=")
     line = f"cd {shlex.quote(str(copy))}; {command} {shlex.join(ARGUMENTS)} train.max_steps=2 run_dir=runs/by-hand"
     with ThreadPoolExecutor() as machines:
         done = list(machines.map(lambda node: cluster.on(node, "bash", "-c", line), ("node1", "node2")))
