@@ -57,12 +57,12 @@ class Requests:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         signal.set_wakeup_fd(self._wakeup)
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
         self._closed = True
         self._writer.close()
         self._thread.join()
         self._reader.close()
+        for signum, handler in self._handlers.items():  # last, as one that comes meanwhile would kill
+            signal.signal(signum, handler)
 
     def catch_signals(self) -> None:
         """From here on SIGTERM and SIGINT ask the run to stop."""

@@ -62,8 +62,12 @@ pass_on() {
   interrupted=$1
   agent=${agent:-${!:-}} # it may have come just after the start
   if [ -z "$agent" ]; then exit 1; fi
-  read -ra ranks -d '' < <(cat "/proc/$agent/task/"*/children 2>/dev/null) || true
-  [ ${#ranks[@]} -gt 0 ] || read -ra ranks -d '' < <(pgrep -P "$agent" 2>/dev/null) || true
+  find_ranks
+  if [ ${#ranks[@]} = 0 ] && [ "${MAX_RESTARTS:-0}" = 0 ] && [ "$before" != INT ] && were_started; then
+    sleep 0.3 # they come just now
+    find_ranks
+    [ ${#ranks[@]} -gt 0 ] || return 0 # or have ended, as torchrun will, by itself
+  fi
   [ ${#ranks[@]} = 0 ] || kill -s "$1" "${ranks[@]}" 2>/dev/null || true
   # after a second Ctrl-C the ranks end with an error, after which torchrun might start them again
   if [ ${#ranks[@]} = 0 ] || [ "$before" = INT ]; then
@@ -71,6 +75,19 @@ pass_on() {
   elif [ "${MAX_RESTARTS:-0}" != 0 ] && [ "$1" != USR1 ]; then
     end_when_replaced "${ranks[@]}" &
   fi
+}
+
+# find_ranks: sets `ranks` to their pids.
+# shellcheck disable=SC2329 # by pass_on
+find_ranks() {
+  read -ra ranks -d '' < <(cat "/proc/$agent/task/"*/children 2>/dev/null) || true
+  [ ${#ranks[@]} -gt 0 ] || read -ra ranks -d '' < <(pgrep -P "$agent" 2>/dev/null) || true
+}
+
+# were_started: torchrun has made the folders of its ranks.
+# shellcheck disable=SC2329 # by pass_on
+were_started() {
+  compgen -G "$log_dir/*/attempt_*/*" >/dev/null
 }
 
 # end_when_replaced RANK...: ranks that were still importing torch die of the signal; torchrun shall not start others for them.

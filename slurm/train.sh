@@ -127,10 +127,17 @@ case $ended,$status,$state in
     echo "job $job: Slurm or its user has ended this job; it is not requeued from here. The run: $state"
     exit "$status"
     ;;
-  ,0,"stopped: the file STOP"* | ,0,"stopped: train.deadline"*) end "the run was $state; sbatch with run_dir=$run_dir goes on" ;;
-  ,0,stopped*) go_on "the run was $state" ;;
-  ,0,finished) end "the run: $state" ;;
-  ,3,* | ,*,finished | ,*,failed*) end ;; # a checkpoint that could not be saved, an error of the run: the line above tells
+  ,3,* | ,*,failed*) end ;; # a checkpoint that could not be saved, an error of the run: the line above tells
+  # these are written when all is on the disk; a process that is killed after that changes nothing
+  ,*,"stopped: the file STOP"* | ,*,"stopped: train.deadline"*)
+    status=0
+    end "the run was $state; sbatch with run_dir=$run_dir goes on"
+    ;;
+  ,*,stopped*) go_on "the run was $state" ;;
+  ,*,finished)
+    status=0
+    end "the run: $state"
+    ;;
   ,*,"never started")
     # the first start: a mistake that the look could not see. Later: a lost node's lock, a node without the environment
     if [ -z "$asked" ]; then

@@ -92,7 +92,8 @@ def processes(run_dir: Path) -> dict[str, list[int]]:
     programs = {pid: [Path(part).name for part in command.split("\0")[:2]] for pid, command in commands.items()}
     agents = [pid for pid, program in programs.items() if "torchrun" in program]
     shells = [pid for pid, program in programs.items() if {"local.sh", "node.sh"} & set(program)]
-    return {"agents": agents, "shells": shells, "ranks": [pid for pid in commands if pid not in [*agents, *shells]]}
+    ranks = [pid for pid, program in programs.items() if program[0].startswith("python") and pid not in agents]
+    return {"agents": agents, "shells": shells, "ranks": ranks}
 
 
 def send(pids: list[int], signum: int) -> None:

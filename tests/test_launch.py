@@ -1,6 +1,10 @@
 """The mission's commands with real processes: torchrun, launch/local.sh, two agents. What kills them is in test_faults.py."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from documented import commands_of, copy_checkout
+from launched import CHECKOUT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_mistakes import TINY
 
@@ -107,6 +112,34 @@ def test_a_wrong_setting_of_a_script(shell: Shell, script: str, setting: dict[st
     assert outcome.status == 2
     assert len(outcome.err.splitlines()) == 1
     assert expected in outcome.err
+
+
+LINGERING_TORCHRUN = """#!{python}
+import pathlib, sys, time
+
+(log_dir,) = (argument.split("=")[1] for argument in sys.argv if argument.startswith("--log-dir="))
+pathlib.Path(log_dir, "id", "attempt_0", "0").mkdir(parents=True)
+print("ended", flush=True)
+time.sleep(2)
+"""
+"""torchrun in the moment after its ranks have ended, which cannot be met with the real one."""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_when_the_ranks_have_just_finished_changes_nothing(tmp_path: Path, signum: signal.Signals) -> None:
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text(LINGERING_TORCHRUN.format(python=sys.executable))
+    torchrun.chmod(0o755)
+    process = subprocess.Popen(
+        [CHECKOUT / "launch" / "node.sh"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout
+    assert process.stdout.readline() == b"ended\n"
+    process.send_signal(signum)
+    assert process.wait(20) == 0
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import fcntl
 import json
 import re
 import shlex
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +15,13 @@ from pathlib import Path
 
 import pytest
 from documented import command_of, commands_of, copy_checkout
-from launched import ARGUMENTS, CHECKOUT, SHORT, Result, Run
+from launched import ARGUMENTS, CHECKOUT, SHORT, Result, Run, processes, send
 from slurm_cluster import Cluster
 
 from ddp_cifar.checkpoint import load_checkpoint
 
 TRAIN = str(CHECKOUT / "slurm" / "train.sh")
 TWO_NODES = ("--nodes=2", "--gpus-per-node=2")
-LONG = ("train.epochs=8",)
 REPRODUCIBLE = ("train.reproducible=true",)
 README = commands_of(
     "slurm/README.md",
@@ -101,18 +101,13 @@ class Job:
         return [json.loads(line)["step"] for line in (self.run_dir / "starts.jsonl").read_text().splitlines()]
 
 
-def assert_gone_on(job: Job, expected: Result, at_most: int = 1) -> None:
+def assert_gone_on(job: Job, expected: Result) -> None:
     """It was requeued once, and went on from a checkpoint to what an unbroken run comes to, in one log."""
     assert job.finish() == expected
-    requeues = job.cluster.restarts(job.id)
-    assert 1 <= requeues <= at_most
-    first, *others = job.starts()
-    assert first == 0
-    assert len(others) == requeues
-    assert all(step > 0 for step in others)
-    assert re.findall(r"start (\d+), which can be requeued (\d+) times", job.log) == [
-        (str(1 + i), str(20 - i)) for i in range(1 + requeues)
-    ]
+    assert job.cluster.restarts(job.id) == 1
+    first, second = job.starts()
+    assert first == 0 < second
+    assert re.findall(r"start (\d), which can be requeued (\d+) times", job.log) == [("1", "20"), ("2", "19")]
 
 
 def test_a_job_finishes_with_its_arguments_as_they_were(
@@ -141,14 +136,19 @@ def test_a_job_finishes_with_its_arguments_as_they_were(
 def test_before_the_time_limit_it_saves_and_is_requeued(
     cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result]
 ) -> None:
-    options = ("--time=1:00", "--signal=B:USR1@30")  # the clock strikes after 30 s, or a little before
-    expected = unbroken(*LONG)
-    job = Job(cluster, tmp_path, *TWO_NODES, *options, arguments=LONG)
+    job = Job(cluster, tmp_path, *TWO_NODES, "--time=1:00", "--signal=B:USR1@30")
+    job.wait_under_way()
+    ranks = processes(job.run_dir)["ranks"]
+    assert len(ranks) == 4
+    send(ranks, signal.SIGSTOP)  # or a fast machine would be done before the clock strikes
+    cluster.wait_until(lambda: job.cluster.show(job.id)["RunTime"] >= "00:00:32", 60, job.id)
+    send(ranks, signal.SIGCONT)
     job.wait_requeued()
+    cluster.run("scontrol", "update", f"jobid={job.id}", "timelimit=10")  # or it may strike again
     assert re.search(
         rf"^job {job.id}: the run was stopped: SIGUSR1 \(rank \d\); it is requeued$", job.log, re.MULTILINE
     )
-    assert_gone_on(job, expected, at_most=5)  # on a slow machine it strikes again
+    assert_gone_on(job, unbroken(*SHORT))
 
 
 @pytest.mark.parametrize("grace", ["10", "0"])
@@ -284,7 +284,7 @@ def test_of_an_array_only_the_stopped_task_is_requeued(cluster: Cluster, tmp_pat
 
 def test_requeues_have_a_bound(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAX_REQUEUES", "1")
-    job = Job(cluster, tmp_path, *TWO_NODES, arguments=LONG)
+    job = Job(cluster, tmp_path, *TWO_NODES, arguments=("train.epochs=40",))
     job.wait_under_way()
     cluster.cancel(job.id, "--batch", "--signal=USR1")
     job.wait_requeued()
