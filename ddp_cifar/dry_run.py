@@ -57,7 +57,7 @@ def dry_run(argv: Sequence[str]) -> int:
     model = build_model(config.model, len(dataset.classes), dataset.train.image_size)
     if not resumed and config.model.init != "random":
         load_weights(model, load_init(config.model.init), config.model.init, new_head=True)
-    footprint = footprint_of(config, plan, dataset, model)
+    footprint = footprint_of(config, plan.micro_batch_size, dataset, model)
     size = functools.partial(megabytes, digits=0)
     lines = {
         "run_dir": f"{config.run_dir} ({_state(config, resumed)})",
@@ -114,7 +114,7 @@ class Footprint:
         return self.state + self.activations + self.images
 
 
-def footprint_of(config: Config, plan: BatchPlan, dataset: DataSet, model: nn.Module) -> Footprint:
+def footprint_of(config: Config, micro_batch_size: int, dataset: DataSet, model: nn.Module) -> Footprint:
     """By one forward pass over two images and one over four, and an update, on the CPU; the model is changed by it."""
     optimizer = build_optimizer(model, config.optim)
     weights = _num_bytes(model.state_dict())
@@ -126,7 +126,7 @@ def footprint_of(config: Config, plan: BatchPlan, dataset: DataSet, model: nn.Mo
     average = weights if config.train.ema_decay else 0
     return Footprint(
         state=weights + gradients + moments + average,
-        activations=two + an_image * (plan.global_batch_size / plan.num_micro_batches - 2),
+        activations=two + an_image * (micro_batch_size - 2),
         images=_num_bytes([split.images for split in (dataset.train, dataset.test) if split]),
         checkpoint=weights + moments + average,
     )

@@ -59,7 +59,8 @@ while [ "$running" -gt 0 ]; do
   if [ "$running" = "$before" ]; then continue; fi # it was a signal, which has been passed on
   if [ "$status" = 0 ] && [ "$ended" != 0 ]; then
     status=$ended
-    signal_all QUIT # they would wait for the one that failed
+    # they would wait for the one that failed; but those of a preflight name it
+    [ "${MODULE:-}" = ddp_cifar.preflight ] || signal_all QUIT
   fi
 done
 for node in "${nodes[@]}"; do # two may have ended at once

@@ -13,6 +13,7 @@
 #   MAX_RESTARTS     times that the ranks are started again after a failure; default 0
 #   OMP_NUM_THREADS  CPU threads a rank; default: the node's cores shared out
 #   MODULE           what every rank runs; default ddp_cifar.train
+#   NODE_NAME        what the preflight calls this node; default: its host name
 #   LOG_DIR          an existing folder to keep torchrun's error files in; default: none are kept
 #   TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds that the ranks have to end after another has failed; default 60
 #
@@ -32,9 +33,10 @@ check_count NPROC_PER_NODE "$nproc_per_node"
 if [ "$nnodes" != 1 ]; then
   head=${HEAD:-}
   [ -n "$head" ] || refuse "NNODES=$nnodes needs HEAD=HOST:PORT, where the nodes meet, the same on all of them"
-  getent hosts "${head%:*}" >/dev/null ||
-    refuse "$(hostname) finds no address for ${head%:*}, where the nodes are to meet: mend HEAD=$head, /etc/hosts or the DNS"
-  [ -n "${LOCAL_ADDR:-}" ] || getent hosts "$(hostname)" >/dev/null ||
+  head_host=${head%:*} head_host=${head_host#[} head_host=${head_host%]}
+  getent ahosts "$head_host" >/dev/null || # `getent hosts` would ask for the name of an address
+    refuse "$(hostname) finds no address for $head_host, where the nodes are to meet: mend HEAD=$head, /etc/hosts or the DNS"
+  [ -n "${LOCAL_ADDR:-}" ] || getent ahosts "$(hostname)" >/dev/null ||
     refuse "this node's own name, $(hostname), leads to no address, by which the other nodes would reach it: mend /etc/hosts or the DNS, or set LOCAL_ADDR and GLOO_SOCKET_IFNAME"
 fi
 

@@ -24,8 +24,11 @@ source "$here/common.sh"
 hosts_file=${1:-}
 [ -f "$hosts_file" ] || refuse "there is no hosts file ${hosts_file:-(none given)}: expected launch/ssh.sh HOSTS_FILE [CONFIG.yaml] [key=value ...]"
 shift
-mapfile -t hosts < <(sed -E 's/#.*//; s/[[:space:]]+//g; /^$/d' "$hosts_file")
+mapfile -t hosts < <(sed -E 's/#.*//; s/^[[:space:]]+//; s/[[:space:]]+$//; /^$/d' "$hosts_file")
 [ ${#hosts[@]} -gt 0 ] || refuse "$hosts_file names no host: expected one a line"
+for host in "${hosts[@]}"; do
+  [[ $host != *[[:space:]]* ]] || refuse "$hosts_file has the line '$host': expected a host alone, NPROC_PER_NODE says how many ranks"
+done
 twice=$(printf '%s\n' "${hosts[@]}" | sort | uniq -d)
 [ -z "$twice" ] || refuse "$hosts_file names $twice twice: expected each host once"
 
@@ -35,10 +38,11 @@ export NNODES=${#hosts[@]} RUN_ID="ssh-$$" HEAD=${HEAD:-$first:$((20000 + $$ % 1
 [ "$NNODES" = 1 ] || case ${HEAD%:*} in localhost | 127.*) refuse "HEAD=$HEAD is each host itself: set HEAD to the first host's name or address" ;; esac
 module=${MODULE:-ddp_cifar.train}
 if [ "$module" = ddp_cifar.preflight ]; then
-  export MIN_NODES=1
-  set -- --nodes "$NNODES" "$@"
+  export MIN_NODES=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-15}
+  set -- --nodes "$NNODES" --hosts "$(IFS=, && echo "${hosts[*]#*@}")" "$@"
 fi
 read -ra connect <<<"${SSH:-ssh}"
+LOOK_S=180 # an environment on a slow file system takes a minute to start
 connect+=(-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3)
 
 # on HOST SCRIPT: run a bash script there, in the checkout, with the settings.
@@ -46,9 +50,10 @@ settings=$(env | grep -E '^(NPROC_PER_NODE|OMP_NUM_THREADS|MAX_RESTARTS|MODULE|N
   while IFS= read -r line; do printf 'export %s=%q; ' "${line%%=*}" "${line#*=}"; done)
 on() {
   local script
-  printf -v script '%s cd %q 2>/dev/null || { echo "there is no checkout %s: set CHECKOUT"; exit 2; }; %s %s' \
-    "$settings" "$folder" "$folder" "${SETUP:-:};" "$2"
-  "${connect[@]}" "$1" "exec bash -c $(printf %q "$script")"
+  printf -v script 'export NODE_NAME=%q; %s cd %q 2>/dev/null || { echo there is no checkout %q: set CHECKOUT; exit 2; }; %s %s' \
+    "${1#*@}" "$settings" "$folder" "$folder" "${SETUP:-:};" "$2"
+  # in letters and digits: whatever the login shell there is, it hands them to bash as they are
+  "${connect[@]}" "$1" "exec bash -c 'eval \"\$(echo $(base64 <<<"$script" | tr -d '\n') | base64 -d)\"'"
 }
 
 work=$(mktemp -d)
@@ -63,14 +68,17 @@ if [ "$module" = ddp_cifar.train ]; then
   look+="; ranks=\${NPROC_PER_NODE:-\$(count_gpus)}; [ \"\$ranks\" -gt 0 ] || ranks=1
 python -m ddp_cifar.train --dry-run --nodes $NNODES --nproc-per-node \"\$ranks\" $arguments 2>&1"
 fi
+trap 'kill $(jobs -p) 2>/dev/null || true; exit 130' INT TERM
 for i in "${!hosts[@]}"; do
-  { on "${hosts[i]}" "$look" </dev/null >"$work/look-$i" 2>&1 && echo 0 || echo $?; } >"$work/looked-$i" &
+  { connect=(timeout "$LOOK_S" "${connect[@]}") && on "${hosts[i]}" "$look" </dev/null >"$work/look-$i" 2>&1 && echo 0 || echo $?; } >"$work/looked-$i" &
 done
 wait
 bad=0 files=$(sed -n 's/^files //p' "$work/look-0")
 for i in "${!hosts[@]}"; do
   looked=$(cat "$work/looked-$i") found=$(sed -n 's/^files //p' "$work/look-$i") reason=$(tail -n 1 "$work/look-$i")
-  if [ "$looked" = 255 ]; then
+  if [ "$looked" = 124 ]; then
+    echo "error: ${hosts[i]} did not answer within $LOOK_S s: does a file system hang there?" >&2
+  elif [ "$looked" = 255 ]; then
     echo "error: ${hosts[i]} cannot be reached by ssh (${reason:-no answer})" >&2
   elif [ "$looked" != 0 ]; then
     echo "error: ${hosts[i]}: ${reason:-status $looked}" >&2
@@ -110,6 +118,7 @@ for i in "${!hosts[@]}"; do
   lines+=("$line")
 done
 
+[ -z "${interrupted:-}" ] || tell_all TERM # which came before all were there
 status=0 running=("${!nodes[@]}") failed=''
 while [ ${#running[@]} -gt 0 ]; do
   left=()

@@ -42,8 +42,10 @@ start_nodes() {
   mkdir -p "$1"
   export LOG_DIR=$1
   shift
+  # shellcheck disable=SC2016 # the node's own, which Slurm sets there
   srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --export=ALL --label \
-    --kill-on-bad-exit="${kill_on_bad_exit:-1}" "${srun_options[@]}" "$checkout/launch/node.sh" "$@" </dev/null &
+    --kill-on-bad-exit="${kill_on_bad_exit:-1}" "${srun_options[@]}" \
+    bash -c 'NODE_NAME=$SLURMD_NODENAME exec "$0" "$@"' "$checkout/launch/node.sh" "$@" </dev/null &
   # shellcheck disable=SC2034 # for who called
   step=$!
   [ -z "${asked:-}" ] || kill -USR1 "$step" # it came just before

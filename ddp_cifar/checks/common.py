@@ -2,23 +2,25 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-import socket
 import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ddp_cifar.checkpoint import write_durably
 from ddp_cifar.checks.here import Here, LeftOut, Problem, wait_for
+from ddp_cifar.checks.machine import addresses_of, check_disk, check_memory
 from ddp_cifar.run_dir import RunDir
 
 PROBE_BYTES = 2**20
+NO_LOCK_HINT = "see to it that no two jobs use one run_dir; Lustre has locks where it is mounted with -o flock"
 RUN_DIR_HINT = "see to it that run_dir is on a file system that all nodes share"
 
 
@@ -28,29 +30,37 @@ def compare(here: Here) -> None:
     here.check("versions", check_versions)
     here.check("own device", check_own_device)
     here.check("same data", check_same_data)
+    here.check("memory", check_memory)
     here.check("names", check_names)
     here.check("run_dir", check_run_dir, RUN_DIR_HINT)
+    here.check(
+        "disk", check_disk
+    )  # after it: to ask for a folder that is not there yet can have a node keep that answer
 
 
 def missing_ranks(here: Here) -> list[str]:
     """Who has not arrived, in words, by elimination."""
-    arrived = {facts["rank"]: facts["host"] for facts in here.everyone}
+    arrived = {facts["rank"]: facts["host"] for facts in here.arrived}
     hosts = {rank // here.local_world_size: host for rank, host in arrived.items()}
     lines = []
     for rank in range(here.world_size):
         if rank not in arrived:
             where = hosts.get(rank // here.local_world_size, f"node {rank // here.local_world_size}")
             lines.append(f"rank {rank} on {where}")
-    expected = here.options.hosts.split(",") if here.options.hosts else []
-    lines += [
-        f"the node {host}"
-        for host in expected
-        if host.split(".")[0] not in {each.split(".")[0] for each in arrived.values()}
-    ]
     absent = here.num_nodes - here.world_size // here.local_world_size
-    if absent > 0 and not expected:
-        lines.append(f"{absent} of {here.num_nodes} nodes (found: {', '.join(sorted(set(arrived.values())))})")
+    if absent > 0:
+        found = {_short(host) for host in arrived.values()}
+        missing = [host for host in here.options.hosts if _short(host) not in found]
+        if len(missing) == absent:
+            lines += [f"the node {host}" for host in missing]
+        else:
+            lines.append(f"{absent} of {here.num_nodes} nodes (found: {', '.join(sorted(set(arrived.values())))})")
     return lines
+
+
+def _short(host: str) -> str:
+    """Without its domain, which a scheduler leaves out and a host name may have; an address is whole."""
+    return host if host.replace(".", "").isdigit() else host.split(".")[0]
 
 
 def check_arrival(here: Here) -> str:
@@ -60,14 +70,15 @@ def check_arrival(here: Here) -> str:
             f"not there: {', '.join(missing)}",
             "look at that node: is it up, does the environment start there, does it reach this one?",
         )
-    per_node = Counter(facts["host"] for facts in here.everyone)
+    per_node = Counter(facts["host"] for facts in here.arrived)
     if len(set(per_node.values())) > 1:
         raise Problem(
             f"nodes have different numbers of ranks: {dict(per_node)}", "set NPROC_PER_NODE, the same on all nodes"
         )
-    if here.options.hosts and (unexpected := set(per_node) - set(here.options.hosts.split(","))):
+    expected = {_short(host) for host in here.options.hosts}
+    if expected and (unexpected := [host for host in per_node if _short(host) not in expected]):
         raise Problem(
-            f"ranks on {', '.join(sorted(unexpected))}, which are not among {here.options.hosts}",
+            f"ranks on {', '.join(sorted(unexpected))}, which are not among {','.join(here.options.hosts)}",
             "the launcher and the scheduler differ: is another job meeting at the same port?",
             is_warning=True,
         )
@@ -86,19 +97,20 @@ def odd_one_out(here: Here, values: dict[int, Any]) -> tuple[Any, Any] | None:
 
 
 def check_versions(here: Here) -> str:
-    """Software is what it is on most ranks."""
-    if odd := odd_one_out(here, {facts["rank"]: facts["versions"] for facts in here.everyone}):
-        own, usual = odd
-        different = [
-            f"{name} {own.get(name, 'none')}, others {usual.get(name, 'none')}"
-            for name in own | usual
-            if own.get(name) != usual.get(name)
-        ]
+    """Software is what it is on most ranks: each part by itself, among those that have it."""
+    own = here.facts["versions"]
+    different = []
+    for name in own:
+        known = {facts["rank"]: facts["versions"][name] for facts in here.everyone if name in facts["versions"]}
+        # a checkout that was copied has no commit; a machine without a GPU has no driver, which the device check finds
+        if odd := odd_one_out(here, known):
+            different.append(f"{name} {odd[0]}, others {odd[1]}")
+    if different:
         raise Problem(
             f"{here.host} has {'; '.join(different)}",
             "use one environment and one checkout, on a folder that all nodes see",
         )
-    return ", ".join(f"{name} {version}" for name, version in here.facts["versions"].items())
+    return ", ".join(f"{name} {version}" for name, version in own.items())
 
 
 def check_own_device(here: Here) -> str:
@@ -140,11 +152,13 @@ def check_names(here: Here) -> str:
         if host == here.host or "address" not in facts:
             continue
         try:
-            found = {str(info[4][0]) for info in socket.getaddrinfo(host, None, socket.AF_INET)}
+            found = addresses_of(facts["hostname"])
         except OSError:
             found = set()
-        if not found & set(facts["addresses"]):
-            wrong.append(f"{host} leads to {', '.join(sorted(found)) or 'nothing'}, it is {facts['address']}")
+        if not found & {facts["address"], *facts["addresses"]}:
+            wrong.append(
+                f"{facts['hostname']} leads to {', '.join(sorted(found)) or 'nothing'}, it is {facts['address']}"
+            )
     if wrong:
         raise Problem(f"seen from {here.host}: {'; '.join(wrong)}", "mend /etc/hosts or the DNS there", is_warning=True)
     return "as seen from here"
@@ -163,22 +177,21 @@ def check_run_dir(here: Here) -> str:
         if not here.is_first_of_node:
             raise LeftOut
         here.store.wait(["run_dir/written"], timedelta(seconds=patience))
-        if here.store.get("run_dir/written") != b"yes":
+        if (written := here.store.get("run_dir/written").decode()) == "no":
             raise LeftOut  # rank 0 has said why
         _expect_file(
             folder / "rank_0",
-            patience / 6,
-            f"run_dir={run_dir} on {here.host} is not the folder that it is on {here.everyone[0]['host']}",
+            written,
+            patience / 3,
+            f"run_dir={run_dir} on {here.host} is not the folder that it is on {here.arrived[0]['host']}",
         )
         write_durably(folder / f"rank_{here.rank}", os.urandom(PROBE_BYTES))
-        with open(folder / "lock") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+        with open(folder / "lock", "r+") as lock:  # NFS gives none on what is open for reading alone
+            if not _take(lock):
                 return "shared"
         raise Problem(
             f"a lock on run_dir={run_dir} does not hold on other nodes",
-            "see to it that no two jobs use one run_dir",
+            NO_LOCK_HINT,
             is_warning=True,
         )
     except OSError as error:
@@ -195,14 +208,21 @@ def _first_of_run_dir(here: Here, folder: Path, new: Sequence[Path]) -> str:
         try:
             folder.mkdir(parents=True)
             lock = cleanup.enter_context(open(folder / "lock", "w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            write_durably(folder / "rank_0", os.urandom(PROBE_BYTES))
+            content = os.urandom(PROBE_BYTES)
+            write_durably(folder / "rank_0", content)
+            has_lock, why = True, ""
+            try:
+                _take(lock)
+            except OSError as error:
+                has_lock, why = False, str(error.strerror)
         except OSError:
             here.store.set("run_dir/written", "no")
             raise
-        here.store.set("run_dir/written", "yes")
-        wait_for(here, "run_dir", [facts["rank"] for facts in others])
+        here.store.set("run_dir/written", hashlib.sha256(content).hexdigest())
+        wait_for(here.store, "run_dir", [facts["rank"] for facts in others], 2 * here.options.patience)
         unseen = [facts["host"] for facts in others if not (folder / f"rank_{facts['rank']}").exists()]
+    if not has_lock:
+        raise Problem(f"run_dir={here.config.run_dir} takes no lock ({why})", NO_LOCK_HINT, is_warning=True)
     if unseen:
         raise Problem(
             f"what {', '.join(unseen)} wrote to run_dir={here.config.run_dir} is not seen on {here.host}",
@@ -219,11 +239,23 @@ def _remove(folder: Path, new: Sequence[Path]) -> None:
             path.rmdir()
 
 
-def _expect_file(path: Path, patience_s: float, otherwise: str) -> None:
+def _take(lock: IO[str]) -> bool:
+    """False if another has it. Raises `OSError` if the file system has no locks."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _expect_file(path: Path, sha256: str, patience_s: float, otherwise: str) -> None:
     """Wait for a file that another node has written: a file server may tell of it a little late."""
     deadline = time.monotonic() + patience_s
     while not path.exists():
         if time.monotonic() > deadline:
             raise Problem(otherwise, RUN_DIR_HINT)
         time.sleep(0.1)
-    path.read_bytes()
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent.parent)  # has a file server asked for what is new in there
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise Problem(f"{path} has other bytes than were written on rank 0's node", RUN_DIR_HINT)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import ddp_cifar
-from ddp_cifar.checks.here import Here, LeftOut, Problem
+from ddp_cifar.checks.here import LOOKING_S, Here, LeftOut, Problem
 from ddp_cifar.command import megabytes
 from ddp_cifar.data import files_of, outline_dataset
 from ddp_cifar.data.sampler import plan_batches
@@ -26,31 +26,33 @@ from ddp_cifar.models import build_model
 
 FEW_FILES = 256
 """Open files that a rank needs, beside 16 for each other rank."""
+MOST_SIZES = 20_000
+"""Files whose sizes count as well: to ask for those of millions takes a file server minutes."""
 HASHED_BYTES = 512 * 2**20
 """Of the data's files, in an order that is the same on each node."""
 
 
 def look_around(here: Here) -> None:
     """The checks that a rank makes by itself."""
-    here.facts |= {"rank": here.rank, "local_rank": here.local_rank, "host": here.host, "versions": versions()}
+    here.facts |= {"versions": versions(), "hostname": socket.gethostname()}
     here.check("host", check_host)
     here.check("device", check_device)
     here.check("cores", check_cores)
     here.check("limits", check_limits)
-    here.check("data", check_data)
-    here.check("memory", check_memory)
-    here.check("disk", check_disk)
+    here.check("data", check_data, patience_s=LOOKING_S)
+    here.check("batch", check_batch)
 
 
 def versions() -> dict[str, str]:
-    """What must be the same on all ranks."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__), "project": _project()}
+    """What must be the same on all ranks, as far as a machine has it."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__), "project": f"files {_project()}"}
+    if commit := _say("git", "-c", "safe.directory=*", "-C", str(Path(ddp_cifar.__file__).parent), "rev-parse", "HEAD"):
+        found["commit"] = commit[:12]
     if torch.cuda.is_available():
         found["CUDA"] = str(torch.version.cuda)
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-            found["driver"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
+        if driver := _say("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"):
+            found["driver"] = driver
     return found
 
 
@@ -60,55 +62,73 @@ def _project() -> str:
     sha = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         sha.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return sha.hexdigest()[:8]
+
+
+def _say(*command: str) -> str:
+    """What a program prints; nothing where it is not there, or fails."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            ["git", "-c", "safe.directory=*", "-C", str(folder), "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
-        if done.returncode == 0:
-            return f"{done.stdout.strip()}, files {sha.hexdigest()[:8]}"
-    return f"files {sha.hexdigest()[:8]}"
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        return done.stdout.strip() if done.returncode == 0 else ""
+    return ""
 
 
 def check_host(here: Here) -> str:
     """The host's name leads to an address of its own that others can use, and back."""
+    name = socket.gethostname()
     interfaces = addresses_by_interface()
+    every = [each for _, each in socket.if_nameindex()]
     here.facts["addresses"] = sorted(interfaces.values())
     chosen = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if chosen:
-        if chosen not in interfaces:
+        if chosen not in every:
             raise Problem(
-                f"GLOO_SOCKET_IFNAME={chosen}, but the interfaces are {', '.join(interfaces)}", "name one of these"
+                f"GLOO_SOCKET_IFNAME={chosen}, but the interfaces are {', '.join(every)}", "name one of these"
             )
-        here.facts["address"] = interfaces[chosen]
-        return f"{here.host}, {interfaces[chosen]} on {chosen} (GLOO_SOCKET_IFNAME)"
+        if chosen in interfaces:
+            here.facts["address"] = interfaces[chosen]
+        return f"{name}, {interfaces.get(chosen, 'no IPv4 address')} on {chosen} (GLOO_SOCKET_IFNAME)"
     mend = (
         f"mend it in /etc/hosts or the DNS, or choose an interface with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, one of "
         f"{_others(interfaces)}"
     )
     try:
-        found = {str(info[4][0]) for info in socket.getaddrinfo(here.host, None, socket.AF_INET)}
+        found = addresses_of(name)
     except OSError as error:
-        raise Problem(f"the host name {here.host} leads to no address ({error.strerror})", mend) from error
-    address = min(found, key=lambda each: (each.startswith("127."), each))
-    if address.startswith("127.") and here.num_nodes > 1:
-        raise Problem(
-            f"the host name {here.host} leads to {address}, by which other nodes would reach themselves", mend
-        )
-    if address not in interfaces.values():
-        raise Problem(
-            f"the host name {here.host} leads to {address}, which is none of its own ({', '.join(interfaces.values())})",
-            mend,
-        )
+        raise Problem(f"the host name {name} leads to no address ({error.strerror})", mend) from error
+    version_4 = {each for each in found if ":" not in each}
+    address = min(version_4 or found, key=lambda each: (_is_loopback(each), each))
+    if _is_loopback(address) and here.num_nodes > 1:
+        raise Problem(f"the host name {name} leads to {address}, by which other nodes would reach themselves", mend)
+    if not _is_own(address):
+        own = ", ".join(interfaces.values())
+        raise Problem(f"the host name {name} leads to {address}, which is none of its own ({own})", mend)
     here.facts["address"] = address
-    interface = next(name for name, own in interfaces.items() if own == address)
     with contextlib.suppress(OSError):
-        name, aliases, _ = socket.gethostbyaddr(address)
-        if here.host.split(".")[0] not in {each.split(".")[0] for each in (name, *aliases)} and here.num_nodes > 1:
-            raise Problem(f"{here.host} is {address}, but that address is {name}'s", mend, is_warning=True)
-    return f"{here.host}, {address} on {interface}"
+        found_name, aliases, _ = socket.gethostbyaddr(address)
+        if name.split(".")[0] not in {each.split(".")[0] for each in (found_name, *aliases)} and here.num_nodes > 1:
+            raise Problem(f"{name} is {address}, but that address is {found_name}'s", mend, is_warning=True)
+    interface = next((each for each, own in interfaces.items() if own == address), "")
+    return f"{name}, {address}" + (f" on {interface}" if interface else "")
+
+
+def addresses_of(name: str) -> set[str]:
+    """IPv4 and IPv6 addresses that a name leads to. Raises `OSError` if there are none."""
+    return {str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
+
+
+def _is_own(address: str) -> bool:
+    """True for an address of this machine: to others no socket can be bound."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
 
 
 def addresses_by_interface() -> dict[str, str]:
@@ -129,7 +149,7 @@ def _others(interfaces: dict[str, str]) -> str:
 def check_device(here: Here) -> str:
     """This rank's device is there and multiplies matrices right: whole numbers, whose sums fp32 holds exactly."""
     device = pick_device(here.config.device, here.local_rank, here.local_world_size, here.world_size)
-    name = device.type
+    here.device, name = device, device.type
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name = f"{device}, {properties.name}"
@@ -139,18 +159,24 @@ def check_device(here: Here) -> str:
     on_device = matrix.to(device, torch.float32)
     if not torch.equal((on_device @ on_device).cpu().double(), expected):
         raise Problem(f"{name} computes a matrix product wrong", "take this node out of the job, and tell the site")
+    if device.type == "cuda" and (gpus := torch.cuda.device_count()) > here.local_world_size:
+        raise Problem(
+            f"{name}, but this node has {gpus} GPUs for {here.local_world_size} ranks",
+            "set NPROC_PER_NODE to use all, or ask for fewer",
+            is_warning=True,
+        )
     return name
 
 
 def check_cores(here: Here) -> str:
     """A core for each thread of the node's ranks."""
-    cores, ranks, threads = len(os.sched_getaffinity(0)), here.local_world_size, torch.get_num_threads()
-    found = f"{cores} cores for {ranks} ranks x {threads} threads"
+    cores, ranks, threads = available_cores(), here.local_world_size, torch.get_num_threads()
+    found = f"{cores:g} cores for {ranks} ranks x {threads} threads"
     if cores < ranks * threads:
         raise Problem(
             found,
             "give the job more cores (sbatch --cpus-per-task=N or --exclusive), or ranks fewer threads (OMP_NUM_THREADS)",
-            is_warning=here.config.device == "cuda" and cores >= ranks,
+            is_warning=here.device is not None and here.device.type == "cuda" and cores >= ranks,
         )
     return found
 
@@ -180,10 +206,7 @@ def check_data(here: Here) -> str:
         raise LeftOut
     config = here.config
     with open_world_alone() as world:
-        dataset = outline_dataset(config.data, world)
-    plan = plan_batches(config.train, here.world_size, len(dataset.train))
-    model = build_model(config.model, len(dataset.classes), dataset.train.image_size)
-    here.footprint = footprint_of(config, plan, dataset, model)
+        here.dataset = outline_dataset(config.data, world)
     files = files_of(config.data)
     missing = [path for path in files if not path.exists()]
     if missing:
@@ -199,6 +222,26 @@ def check_data(here: Here) -> str:
     return f"{count} of {len(files)} files read, {megabytes(size)}, sha256 {digest[:8]}"
 
 
+def check_batch(here: Here) -> str:
+    """The batch divides over the ranks that the run is to have; and what a rank holds of it."""
+    if here.dataset is None:
+        raise LeftOut
+    config, ranks = here.config, here.num_nodes * here.local_world_size
+    model = build_model(config.model, len(here.dataset.classes), here.dataset.train.image_size)
+    micro = config.train.micro_batch_size or -(-config.train.global_batch_size // ranks)
+    footprint = footprint_of(config, micro, here.dataset, model)
+    here.facts |= {"memory": footprint.memory, "checkpoint": footprint.checkpoint}
+    return str(plan_batches(config.train, ranks, len(here.dataset.train)))
+
+
+def of_the_first(here: Here, name: str) -> float:
+    """A fact that the first rank of each node has found. Raises `LeftOut` where none has."""
+    for facts in here.everyone:
+        if name in facts:
+            return float(facts[name])
+    raise LeftOut
+
+
 def digest_of(files: Sequence[Path]) -> tuple[str, int, int]:
     """A hash of the files' bytes, of how many files, and of how many bytes: of some, where there is more than can be read soon.
 
@@ -208,7 +251,7 @@ def digest_of(files: Sequence[Path]) -> tuple[str, int, int]:
     root = os.path.commonpath([path.parent for path in files])
     names = {os.path.relpath(path, root): path for path in files}
     order = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest())
-    for name in order:
+    for name in order[:MOST_SIZES]:
         sha.update(f"{name}\0{names[name].stat().st_size}\0".encode(errors="surrogateescape"))
     for name in order:
         if size >= HASHED_BYTES:
@@ -225,18 +268,18 @@ def digest_of(files: Sequence[Path]) -> tuple[str, int, int]:
 
 
 def check_memory(here: Here) -> str:
-    """Room for what a rank holds."""
-    if here.footprint is None:
-        raise LeftOut
-    needed = here.footprint.memory
-    if here.config.device != "cpu" and torch.cuda.is_available():
-        free, total = map(float, torch.cuda.mem_get_info(here.local_rank % torch.cuda.device_count()))
+    """Room for what a rank holds: each on its own GPU, or a node's ranks in its memory."""
+    needed = of_the_first(here, "memory")
+    if here.device is not None and here.device.type == "cuda":
+        free, total = map(float, torch.cuda.mem_get_info(here.device))
         what = "GPU memory"
-    else:
+    elif here.is_first_of_node:
         # torch itself, twice: the estimate is of what stays, not of what comes and goes in a step
         needed = here.local_world_size * (2 * needed + 0.5e9)
         free, total = available_memory()
         what = "memory"
+    else:
+        raise LeftOut
     found = f"{megabytes(free)} of {megabytes(total)} of {what} free, about {megabytes(needed)} needed"
     if free < needed:
         raise Problem(
@@ -246,29 +289,60 @@ def check_memory(here: Here) -> str:
 
 
 def available_memory() -> tuple[float, float]:
-    """(free, total) bytes of this machine, or of the control group that it is in."""
+    """(free, total) bytes of this machine, or of the control group that leaves the least."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free, total = (1024.0 * int(lines[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            most = float(Path(limit).read_text())
-            if most < total:
-                return max(0.0, most - float(Path(used).read_text())), most
+    for group in control_groups("memory"):
+        for limit, used, cache in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            with contextlib.suppress(OSError, ValueError):  # a group without a limit says "max"
+                most = float((group / limit).read_text())
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                left = max(0.0, most - float((group / used).read_text()) + float(stat.get(cache, 0)))
+                if most < total or left < free:
+                    free, total = min(free, left), min(total, most)
     return free, total
+
+
+def control_groups(controller: str) -> list[Path]:
+    """The folders of the control groups that this process is in, from its own to the root, for version 1 or 2."""
+    root = Path("/sys/fs/cgroup")
+    found: list[Path] = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            if names == "" or controller in names.split(","):
+                top = root / names if names and (root / names).is_dir() else root / controller if names else root
+                own = top / path.lstrip("/")
+                found += [each for each in (own, *own.parents) if each.is_relative_to(top)]
+    return found
+
+
+def available_cores() -> float:
+    """Cores that this process may use: those it is bound to, or its control groups' quota, whichever is less."""
+    cores = float(len(os.sched_getaffinity(0)))
+    for group in control_groups("cpu"):
+        with contextlib.suppress(OSError, ValueError):  # one without a quota says "max", or -1
+            quota, period = (group / "cpu.max").read_text().split()
+            cores = min(cores, float(quota) / float(period))
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            cores = min(cores, float(quota) / float(period)) if float(quota) > 0 else cores
+    return cores
 
 
 def check_disk(here: Here) -> str:
     """Room for the checkpoints that are kept, and one more while it is written."""
-    if here.footprint is None:
+    if not here.is_first_of_node:
         raise LeftOut
+    checkpoint, count = of_the_first(here, "checkpoint"), here.config.checkpoint.keep + 1
     folder = Path(here.config.run_dir).absolute()
     while not folder.exists():
         folder = folder.parent
-    free, needed = shutil.disk_usage(folder).free, (here.config.checkpoint.keep + 1) * here.footprint.checkpoint
-    found = f"{megabytes(free)} free for run_dir, {megabytes(needed)} needed for {here.config.checkpoint.keep + 1} checkpoints"
+    free, needed = shutil.disk_usage(folder).free, count * checkpoint
+    found = f"{megabytes(free)} free for run_dir, {megabytes(needed)} needed for {count} checkpoints"
     if free < needed:
         raise Problem(found, "make room, choose another run_dir, or a smaller checkpoint.keep")
     return found

@@ -23,7 +23,11 @@ UNREACHED = (
 AT_FAULT = "the network or a GPU is at fault; on GPUs NCCL_DEBUG=INFO tells more"
 TELL = "the network between these nodes is at fault: tell the site which"
 SIZES = (1024, 64 * 1024, 2**20, 16 * 2**20)
-"""Bytes of the all-reduces that are timed."""
+"""Bytes of the all-reduces that are timed ..."""
+CUDA_SIZES = (*SIZES, 256 * 2**20)
+"""... and over NCCL, which fast links need to be full."""
+USUAL_NCCL_MB_PER_S = 1000.0
+"""A link of NCCL between nodes that is slower, as 10 Gbit/s Ethernet is not, is not what such nodes are bought for."""
 SECONDS = 1.0
 """For each of them, about; and two times at least, of which the first is not counted."""
 
@@ -81,9 +85,10 @@ def check_collectives(here: Here) -> str:
     dist.all_gather(gathered, numbers * world.rank)
     if not all(torch.equal(found, numbers * rank) for rank, found in enumerate(gathered)):
         raise Problem("an all-gather gives wrong numbers", AT_FAULT)
-    here.measured["all_reduce"] = rows = [time_all_reduce(world, size) for size in SIZES]
-    largest = rows[-1]
-    return f"all-reduce: {rows[0]['median_s'] * 1e3:.2f} ms for 1 KiB, {megabytes(largest['bus_bytes_per_s'])}/s for 16 MiB"
+    sizes = CUDA_SIZES if device.type == "cuda" else SIZES
+    here.measured["all_reduce"] = rows = [time_all_reduce(world, size) for size in sizes]
+    speed, size = megabytes(rows[-1]["bus_bytes_per_s"]), sizes[-1] // 2**20
+    return f"all-reduce: {rows[0]['median_s'] * 1e3:.2f} ms for 1 KiB, {speed}/s for {size} MiB"
 
 
 def time_all_reduce(world: World, num_bytes: int) -> dict[str, float]:
@@ -117,10 +122,12 @@ def check_clock(here: Here) -> str:
     assert here.world is not None
     here.world.all(True)
     times = [micros / 1e6 for (micros,) in here.world.gather([int(time.time() * 1e6)])]
-    skew = times[here.rank] - statistics.median(times)
-    if abs(skew) > CLOCK_SKEW_S:
+    skew = times[here.rank] - statistics.median_low(times)
+    # of two nodes nobody knows whose is wrong; of more, it is those that are far from the middle
+    if max(times) - min(times) > CLOCK_SKEW_S and (here.num_nodes == 2 or abs(skew) > CLOCK_SKEW_S / 2):
         raise Problem(
-            f"the clock of {here.host} is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}",
+            f"the clock of {here.host} is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}; clocks differ by up to "
+            f"{max(times) - min(times):.1f} s",
             "have the site set it (NTP)",
         )
     return f"{skew * 1e3:+.0f} ms"
@@ -170,6 +177,17 @@ def check_links(here: Here) -> str:
             f"expected {here.options.max_latency_ms:g} ms at most and {here.options.min_mb_per_s:g} MB/s at least; {TELL}, or "
             f"choose another interface",
             is_warning=here.rank not in culprits and all({link.one, link.other} & culprits for link in slow),
+        )
+    if (
+        world.backend == "nccl"
+        and len(heads) > 1
+        and min(link.bytes_per_s for link in mine) < USUAL_NCCL_MB_PER_S * 1e6
+    ):
+        slowest = min(mine, key=lambda link: link.bytes_per_s)
+        raise Problem(
+            f"{name(slowest)}: {megabytes(slowest.bytes_per_s)}/s over NCCL",
+            "has NCCL found the fast network? NCCL_DEBUG=INFO says which it takes; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose",
+            is_warning=True,
         )
     median = statistics.median(link.bytes_per_s for link in links)
     slowest = min(mine, key=lambda link: link.bytes_per_s)

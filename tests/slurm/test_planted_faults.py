@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -186,8 +187,42 @@ def test_a_node_that_does_not_come_and_a_rank_that_does_not_start_are_named(mach
     )
     late = f"export PYTHONPATH={shlex.quote(str(machines.copy / 'late'))};"
     said = machines.preflight("node1", "node2", ranks=2, arguments=("--patience=8",), node2=late)
+    assert machines.result, said
     (missing,) = machines.result["missing"]
     assert re.fullmatch(r"rank \d on node2", missing), said
+
+
+def test_a_rank_that_is_killed_or_stopped_in_the_middle_is_named(machines: Machines) -> None:
+    """The other node says so, and does not wait for long."""
+    (machines.copy / "faults").mkdir()
+    for signal in ("SIGKILL", "SIGSTOP"):
+        (machines.copy / "faults" / "sitecustomize.py").write_text(
+            "import os, signal, threading\n"
+            "def look():\n"
+            "    import sys\n"
+            "    network = sys.modules.get('ddp_cifar.checks.network')\n"
+            "    if network and hasattr(network, 'check_links'):\n"
+            f"        network.time_all_reduce = lambda *_: os.kill(os.getpid(), signal.{signal})\n"
+            "    else:\n"
+            "        threading.Timer(0.05, look).start()\n"
+            "if os.environ.get('RANK') == '1': look()\n"
+        )
+        fault = f"export PYTHONPATH={shlex.quote(str(machines.copy / 'faults'))} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=5;"
+        began = time.monotonic()
+        said = machines.preflight("node1", "node2", arguments=("--patience=12",), node1=fault, node2=fault)
+        assert [rank["outcomes"][0]["check"] for rank in machines.result["ranks"]] == ["host", "collectives"], said
+        assert re.search(
+            r"error: the preflight failed: collectives, rank 1 \(node\d\): it fell silent in the check", said
+        ), said
+        assert time.monotonic() - began < 75
+
+
+def test_the_nodes_meet_at_an_address_without_a_name(machines: Machines) -> None:
+    machines.plant("node2", "sed /10.77.0.11/d /etc/hosts > hosts-of-node2; mount --bind hosts-of-node2 /etc/hosts")
+    own = {f"node{i}": f"export LOCAL_ADDR=10.77.0.1{i};" for i in (1, 2)}
+    said = machines.preflight("node1", "node2", options="HEAD=10.77.0.11:29500", **own)
+    assert machines.result["ok"], said
+    assert machines.verdicts("names") == {"node1": "ok", "node2": "warning"}
 
 
 def test_a_full_disk_and_too_few_cores_are_found(machines: Machines) -> None:

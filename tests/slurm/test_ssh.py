@@ -111,6 +111,9 @@ TWO = "# the first is where they meet\nnode1\n  root@node2   # with its user\n"
 
 
 def test_a_run_over_two_hosts(hosts: Hosts) -> None:
+    """On one of which the user's login shell is no bash."""
+    shell = f"sed -E '/^root:/s|[^:]*$|/bin/dash|' /etc/passwd > {shlex.quote(str(hosts.copy))}/passwd"
+    hosts.cluster.on("node2", "bash", "-ec", f"{shell}; mount --bind {shlex.quote(str(hosts.copy))}/passwd /etc/passwd")
     done = hosts.run(TWO, *SHORT, "run_dir=it's a run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 (2 nodes x 2)" in done.stdout, "the look at the run"
@@ -150,7 +153,12 @@ def test_each_host_that_is_not_ready_is_named(hosts: Hosts) -> None:
     assert "error: node1: " in done.stderr
     assert "did you mean optim.lr?" in done.stderr
     assert not (hosts.copy / "run").exists()
-    for wrong, message in (("# none\n", "names no host"), ("node1\nnode1\n", "names node1 twice")):
+    mistakes = {
+        "# none\n": "names no host",
+        "node1\nnode1\n": "names node1 twice",
+        "a slots=2\n": "the line 'a slots=2'",
+    }
+    for wrong, message in mistakes.items():
         assert message in hosts.run(wrong).stderr
 
 
