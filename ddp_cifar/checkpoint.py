@@ -35,7 +35,14 @@ IDENTITY = (
     "train.ema_decay",
 )
 # ... but for those in them that change where or how something is done, not what
-NOT_IDENTITY = ("data.root", "data.cache", "data.on_corrupt", "model.init", "optim.implementation")
+NOT_IDENTITY = (
+    "data.root",
+    "data.cache",
+    "data.on_corrupt",
+    "data.residency",
+    "model.init",
+    "optim.implementation",
+)
 
 
 def digest(state: object) -> str:

@@ -14,6 +14,7 @@ import math
 import re
 import sys
 import textwrap
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,6 +67,9 @@ class DataConfig:
     val_images: int = 0
     """Training images held out to choose the best checkpoint by; always the same ones, whatever the seed. 0: no `best`.
     With some, imagefolder needs no test folder."""
+    residency: Literal["auto", "device", "host"] = "auto"
+    """Where the images are while a GPU trains: on the device, or in the host's memory, from which batches are sent ahead of
+    their use. auto: on the device where they take at most half of its free memory."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
 
     def __post_init__(self) -> None:
@@ -153,6 +157,12 @@ class TrainConfig:
     and is in the checkpoint as `ema`. null: none."""
     channels_last: bool = True
     """Keep images and weights in channels-last memory order, which convolutions prefer."""
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
+    """The mode in which torch.compile makes kernels of the network and of the augmentation, on a GPU. reduce-overhead also
+    replays them as CUDA graphs, which pays where launching kernels takes longer than running them (small micro-batches)."""
+    profile_steps: list[int] | None = None
+    """[FIRST, LAST]: steps of the run whose kernels are recorded, in RUN_DIR/profile, for TensorBoard and Perfetto; the
+    longest are printed. null: none."""
     log_every: int = 20
     """Steps from one row of metrics.jsonl and TensorBoard to the next."""
     deterministic: bool = False
@@ -209,6 +219,13 @@ class TrainConfig:
             self.deadline,
             "a unix time, or null",
         )
+        steps = self.profile_steps
+        _require(
+            steps is None or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
+            "train.profile_steps",
+            steps,
+            "[FIRST, LAST] with 1 <= FIRST <= LAST, or null",
+        )
         _require(self.agree_every >= 1, "train.agree_every", self.agree_every, "1 or more")
         # torch's own limit for a collective is half an hour, and names no rank
         _require(2 <= self.hang_timeout_s <= 1500, "train.hang_timeout_s", self.hang_timeout_s, "2 to 1500")
@@ -217,6 +234,22 @@ class TrainConfig:
         _require(every is None or every >= 1, "train.fingerprint_every", every, "1 or more, or null")
         factor = self.straggler_factor
         _require(factor is None or 1 < factor < math.inf, "train.straggler_factor", factor, "above 1, or null")
+
+
+@dataclass(frozen=True)
+class CommConfig:
+    bucket_mb: float = 25.0
+    """Gradients that DDP sends at once, in MB of 2^20 bytes: small ones leave earlier in the backward pass, large ones cost
+    fewer messages."""
+    hook: Literal["none", "fp16", "bf16"] = "none"
+    """What gradients are rounded to on their way between ranks, for slow networks: half the bytes. none: not at all."""
+    timeout_s: float = 1800.0
+    """A collective of gloo or NCCL that takes so long fails, and the run with it. train.hang_timeout_s, which names the
+    silent rank, is to come first."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.bucket_mb < math.inf, "comm.bucket_mb", self.bucket_mb, "a number above 0")
+        _require(10 <= self.timeout_s < 1e6, "comm.timeout_s", self.timeout_s, "10 or more")
 
 
 @dataclass(frozen=True)
@@ -284,6 +317,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -294,6 +328,17 @@ class Config:
         _require(bool(self.model.init.strip()), "model.init", repr(self.model.init), "random or a path")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         _require(bool(self.data.root.strip()), "data.root", repr(self.data.root), "a folder's name")
+        if self.train.reproducible:
+            if self.train.compile != "off":
+                raise UserError(
+                    f"train.compile={self.train.compile} with train.reproducible=true, whose bits kernels of its own would "
+                    f"change: use one of them"
+                )
+            if self.comm.hook != "none":
+                raise UserError(
+                    f"comm.hook={self.comm.hook} with train.reproducible=true, which sums gradients by a hook of its own: "
+                    f"use one of them"
+                )
         if self.backend == "nccl" and self.device in ("cpu", "mps"):
             raise UserError(
                 f"backend=nccl needs device=cuda, found device={self.device}: use backend=gloo, or leave it out"
@@ -387,14 +432,14 @@ def _nest(key: str, value: object) -> dict[str, Any]:
 @functools.cache
 def fields(cls: type = Config, prefix: str = "") -> tuple[tuple[str, Any, object, str], ...]:
     """(dotted key, type, default, docstring) of every setting, in the order of declaration."""
-    types, docs = typing.get_type_hints(cls), _field_docs(cls)
+    hints, docs = typing.get_type_hints(cls), _field_docs(cls)
     default = cls()
     found: list[tuple[str, Any, object, str]] = []
     for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(types[f.name]):
-            found += fields(types[f.name], f"{prefix}{f.name}.")
+        if dataclasses.is_dataclass(hints[f.name]):
+            found += fields(hints[f.name], f"{prefix}{f.name}.")
         else:
-            found.append((prefix + f.name, types[f.name], getattr(default, f.name), docs[f.name]))
+            found.append((prefix + f.name, hints[f.name], getattr(default, f.name), docs[f.name]))
     return tuple(found)
 
 
@@ -433,7 +478,9 @@ def _type_name(annotation: Any) -> str:
         return "KEY=VALUE"
     if typing.get_origin(annotation) is Literal:
         return " | ".join(map(str, options))
-    return f"{options[0].__name__} or null" if options else str(annotation.__name__)
+    if typing.get_origin(annotation) is types.UnionType:
+        return f"{_type_name(options[0])} or null"
+    return f"[{options[0].__name__}, ...]" if options else str(annotation.__name__)
 
 
 def _field_docs(cls: type) -> dict[str, str]:

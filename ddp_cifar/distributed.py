@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_cifar.errors import UserError
@@ -128,10 +129,13 @@ class World:
                 raise failure
         return outcomes[self.rank - self.local_rank][0]  # type: ignore[no-any-return]
 
-    def wrap(self, model: nn.Module) -> "DistributedDataParallel | Undistributed":
+    def wrap(
+        self, model: nn.Module, bucket_mb: float = 25.0, hook: str = "none"
+    ) -> "DistributedDataParallel | Undistributed":
         """The model, already on the device and equal on all ranks, with its gradients averaged over ranks in backward.
 
-        DDP is told to leave the buffers alone: the trainer averages them like gradients.
+        They are sent `bucket_mb` MB at a time, rounded to what `hook` says: none, fp16 or bf16. DDP is told to leave the
+        buffers alone: the trainer averages them like gradients.
         """
         if self.device.type == "mps":
             return Undistributed(model)
@@ -139,8 +143,12 @@ class World:
         # broadcast_buffers is deprecated where forward_sync_buffers (torch 2.13) exists
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        options: dict[str, Any] = {buffers: False}
-        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **options)
+        options: dict[str, Any] = {buffers: False, "bucket_cap_mb": bucket_mb, "gradient_as_bucket_view": True}
+        ddp = DistributedDataParallel(model, device_ids=device_ids, **options)
+        if hook != "none":
+            hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
+            ddp.register_comm_hook(dist.group.WORLD, hooks[hook])
+        return ddp
 
 
 class Undistributed(nn.Module):

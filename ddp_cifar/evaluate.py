@@ -12,6 +12,7 @@ from typing import Any
 from ddp_cifar.command import Arguments, percent, run_command, show, writing
 from ddp_cifar.config import Tables
 from ddp_cifar.data import DATASETS, build_dataset
+from ddp_cifar.data.dataset import place_of
 from ddp_cifar.data.loader import EvalLoader
 from ddp_cifar.errors import UserError
 from ddp_cifar.inference import Quality, check_classes, forward_pass, open_trained, split_logits, trained_model
@@ -46,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
             )
         model = trained_model(loaded, config, len(dataset.classes), split.image_size, world.device)
         precision = pick_precision(config.precision, world)
-        loader = EvalLoader(split.to(world.device), config.train.channels_last)
+        place = place_of([split], world.device, config.data.residency)
+        loader = EvalLoader(split.to(place), config.train.channels_last, world.device)
         forward = forward_pass(model, precision, world.device, mirror=options.mirror)
         logits, totals = split_logits(forward, loader, len(dataset.classes), world, config.eval.batch_size)
         if totals.images != len(split):

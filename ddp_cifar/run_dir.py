@@ -63,6 +63,7 @@ class RunDir:
         self.starts = self.path / "starts.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
         self._lock: IO[str] | None = None
 
     def rank_log(self, rank: int) -> Path:

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from ddp_cifar.checkpoint import (
 from ddp_cifar.command import EXIT_SAVE_FAILED, record_error, run_command
 from ddp_cifar.config import Config, Tables, TrainConfig, load_config, to_yaml
 from ddp_cifar.data import DATASETS, build_dataset
-from ddp_cifar.data.dataset import DataSet
+from ddp_cifar.data.dataset import DataSet, place_of
 from ddp_cifar.data.loader import EvalLoader, TrainLoader
 from ddp_cifar.data.sampler import StepSampler, check_batch_size, plan_batches, reproducible_world_sizes
 from ddp_cifar.distributed import World, is_lost_peer, open_world, place_from_environment
@@ -33,6 +34,7 @@ from ddp_cifar.log import log, log_to_file
 from ddp_cifar.models import MODELS, build_model
 from ddp_cifar.optim import OPTIMIZERS, build_optimizer
 from ddp_cifar.precision import pick_precision
+from ddp_cifar.profile import Profile
 from ddp_cifar.run_dir import RunDir, Start
 from ddp_cifar.seeding import derive_seed
 from ddp_cifar.stopping import Requests
@@ -41,6 +43,7 @@ from ddp_cifar.trainer import Progress, Trainer
 
 TABLES: Tables = {"data.name": DATASETS, "model.name": MODELS, "optim.name": OPTIMIZERS, "tracking.name": {}}
 
+COMPILED_ON = {"cuda"}  # on a CPU its kernels are slower than those of oneDNN, and it needs a compiler for C++
 FEW_STEPS = 10  # an epoch, below which the default recipe hardly learns
 
 
@@ -57,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     run_dir = RunDir(config.run_dir)
     with (
         Requests(run_dir.path if rank == 0 else None, find_deadline(config.train, began)) as requests,
-        open_world(config.device, config.backend) as world,
+        open_world(config.device, config.backend, timeout=timedelta(seconds=config.comm.timeout_s)) as world,
     ):
         world.on_main(run_dir.claim)
         log_to_file(run_dir.rank_log(world.rank), world.rank, world.world_size)
@@ -91,7 +94,9 @@ def main(argv: Sequence[str]) -> int:
         heartbeat = Heartbeat(run_dir.heartbeats, run_dir.logs, world, config.train.hang_timeout_s)
         requests.catch_signals()
         with heartbeat, contextlib.closing(tracker), run_dir.recording_failure(is_lost_peer):
-            reason = trainer.fit(tracker, requests, heartbeat, start)
+            steps = config.train.profile_steps
+            profile = Profile(run_dir.profile, steps, world) if steps else None
+            reason = trainer.fit(tracker, requests, heartbeat, start, profile)
 
         def end() -> int:
             """Say how the run ended, once all of it is on the disk; returns the exit status."""
@@ -156,7 +161,8 @@ def set_up_kernels(train: TrainConfig, world: World) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for, before its first use
         torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(deterministic)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # to set it loads torch's compiler, for a second
+        torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a search for bugs, and slow
     if train.reproducible:
         count = check_batch_size(train, world.world_size)
@@ -184,6 +190,8 @@ def build_trainer(
 
     The model starts from the weights `init`, where they are given. Raises `UserError` if a part cannot be built.
     """
+    if config.train.compile != "off" and world.device.type not in COMPILED_ON:
+        raise UserError(f"train.compile={config.train.compile} needs a GPU, found device {world.device.type}: use off")
     plan = plan_batches(config.train, world.world_size, len(dataset.train))
     place, channels_last = world.device, config.train.channels_last
     sampler = StepSampler(plan, world.rank, config.seed)
@@ -200,7 +208,7 @@ def build_trainer(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     threads = f", {_threads()} a rank" if place.type == "cpu" else ""
     data = dataset.describe()
-    dataset = dataset.to(place)
+    dataset = dataset.to(place_of((dataset.train, dataset.val, dataset.test), place, config.data.residency))
     log.info(f"{config.data.name}: {data}")
     log.info(
         f"{config.model.name}: {parameters:,} parameters, {precision}, on {place.type} over {world.backend}{threads}"
@@ -218,9 +226,9 @@ def build_trainer(
         world,
         model=model,
         optimizer=build_optimizer(model, config.optim),
-        train=TrainLoader(dataset.train, sampler, config.seed, channels_last),
-        test=EvalLoader(dataset.test, channels_last) if dataset.test else None,
-        val=EvalLoader(dataset.val, channels_last) if dataset.val else None,
+        train=TrainLoader(dataset.train, sampler, config.seed, channels_last, place),
+        test=EvalLoader(dataset.test, channels_last, place) if dataset.test else None,
+        val=EvalLoader(dataset.val, channels_last, place) if dataset.val else None,
         checkpoints=checkpoints,
         precision=precision,
         data=data,

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ddp_cifar.buffers import BufferMean
 from ddp_cifar.checkpoint import Checkpoints, State, load_weights
 from ddp_cifar.config import Config, TrainConfig, to_dict
+from ddp_cifar.data.augment import transform
 from ddp_cifar.data.loader import EvalLoader, MicroBatch, StepBatch, TrainLoader
 from ddp_cifar.data.sampler import is_power_of_two
 from ddp_cifar.distributed import World
@@ -37,6 +38,7 @@ from ddp_cifar.log import log
 from ddp_cifar.metrics import Counter, PhaseTimer, Span, Totals, ledger_numbers
 from ddp_cifar.optim import Schedule, load_optimizer_state
 from ddp_cifar.precision import autocast
+from ddp_cifar.profile import Profile
 from ddp_cifar.run_dir import Start
 from ddp_cifar.seeding import seed_dropout
 from ddp_cifar.stopping import REASONS, Agreement, Requests
@@ -45,6 +47,8 @@ from ddp_cifar.tree_sum import TreeReduction
 
 STRAGGLER_FLOOR_US = 1000
 """A rank that is slower by less than this, in microseconds a step, is no straggler."""
+COMPILED_WARM_UP = 3
+"""Passes of a size: to compile, to run once, and to record the CUDA graph."""
 SAVE_PATIENCE_S = 60.0
 """For an earlier save; a disk that takes longer costs checkpoints rather than time."""
 
@@ -150,7 +154,7 @@ class Trainer:
         self.world = world
         self.plan = train.sampler.plan
         self.model = model
-        self.ddp = world.wrap(model)
+        self.ddp = world.wrap(model, config.comm.bucket_mb, config.comm.hook)
         self.tree: TreeReduction | None = None
         if config.train.reproducible:
             if not isinstance(self.ddp, DistributedDataParallel):
@@ -171,6 +175,9 @@ class Trainer:
             average = get_ema_multi_avg_fn(config.train.ema_decay)
             self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         self.show_progress = show_progress
+        self.evaluated = self.ema.module if self.ema else model
+        if config.train.compile != "off":
+            self._compile(config.train.compile)
 
         conditions = {"precision": precision, "micro-batches a step": str(self.plan.num_micro_batches)}
         conditions["torch"] = str(torch.__version__)
@@ -196,6 +203,7 @@ class Trainer:
         self.requests = Requests()
         self.heartbeat: Heartbeat | NullHeartbeat = NullHeartbeat()
         self.start: Start | None = None
+        self.profile: Profile | None = None
         self.agreement = Agreement(world, config.train.agree_every)
         self.report = Report(0, 0, 0, 0, 0, 0)
         self.save_due = False
@@ -204,7 +212,10 @@ class Trainer:
         self.last_norm = 0.0
         self.resumed_at = self.saved_at = time.perf_counter()
         self.waiting_s = 0.0  # for saves
-        self._settle_buckets()
+        if config.train.compile == "off":
+            self._settle_buckets()
+        else:
+            self._warm_up_compiled()
 
     # -- a run
 
@@ -214,16 +225,19 @@ class Trainer:
         requests: Requests | None = None,
         heartbeat: Heartbeat | None = None,
         start: Start | None = None,
+        profile: Profile | None = None,
     ) -> str:
         """Train from where `progress` is to the last step, or until ranks agree to stop; returns why, or "" at the end.
 
         `tracker` gets the scalars. `requests` are what this rank is asked meanwhile, `heartbeat` its signs of life.
-        `start` says what the run went through before. Raises `RunError` on every rank if the run cannot go on.
+        `start` says what the run went through before. `profile` records some steps. Raises `RunError` on every rank if
+        the run cannot go on.
         """
         self.tracker = tracker or self.tracker
         self.requests = requests or self.requests
         self.heartbeat = heartbeat or self.heartbeat
         self.start = start
+        self.profile = profile
         self.resumed_at = self.saved_at = time.perf_counter()
         reason = ""
         try:
@@ -239,6 +253,8 @@ class Trainer:
                 self.agreement.finish()
         finally:
             self.checkpoints.finish()
+        if self.profile:
+            self.profile.close()
         return reason
 
     def poll(self) -> None:
@@ -327,7 +343,11 @@ class Trainer:
             disable=not self.show_progress,
         ) as bar:
             while progress.step_in_epoch < steps:
+                if self.profile:
+                    self.profile.before_step(progress.step + 1)
                 self.train_step(next(batches))
+                if self.profile:
+                    self.profile.after_step(progress.step)
                 bar.update()
                 if progress.step % log_every == 0:
                     self.log_window()
@@ -441,6 +461,8 @@ class Trainer:
             # dropout by the micro-batch's place in the run, so that it is the same on whatever rank
             seed_dropout(self.world.device, self.config.seed, self.progress.step, micro_batch.index)
             self.buffers.begin_micro_batch()
+            if self.config.train.compile != "off":
+                torch.compiler.cudagraph_mark_step_begin()  # what the last one's graphs have returned is used up
             with self.autocast():
                 logits = self.ddp(micro_batch.images)
             smoothing = self.config.train.label_smoothing
@@ -512,9 +534,8 @@ class Trainer:
         if augmented:
             assert isinstance(loader, TrainLoader)
             augmentations = loader.augmentations(self.progress.epoch, purpose="augment for the training accuracy")
-        model = self.ema.module if self.ema else self.model
-        model.eval()
-        forward = forward_pass(model, self.precision, self.world.device)
+        self.evaluated.eval()
+        forward = forward_pass(self.evaluated, self.precision, self.world.device)
         counter = Counter(self.world.device)
         for _ in count_batches(forward, loader, counter, self.world, self.config.eval.batch_size, augmentations):
             self.poll()
@@ -673,10 +694,16 @@ class Trainer:
         an element depends on its place in a bucket, so the first step after a resume would round in another way than
         the same step of an unbroken run.
         """
+        self._warm_up(2)
+
+    def _warm_up(self, num_images: int) -> None:
+        """A forward and backward pass over so many images, as in training, which leaves nothing changed."""
         kept = [buffer.clone() for buffer in self.model.buffers()]
-        images = torch.zeros(2, *self.train.image_shape, device=self.world.device)
+        images = torch.zeros(num_images, *self.train.image_shape, device=self.world.device)
         images = images.to(memory_format=self.train.memory_format)
         self.model.train()
+        if self.config.train.compile != "off":
+            torch.compiler.cudagraph_mark_step_begin()
         with self.autocast():
             logits = self.ddp(images)
         logits.float().sum().backward()
@@ -684,6 +711,32 @@ class Trainer:
             self.tree.end_micro_batch(is_last=True)
         self.optimizer.zero_grad(set_to_none=True)
         _restore(self.model.buffers(), kept)
+
+    def _compile(self, mode: str) -> None:
+        """Have torch.compile make kernels of the network, for training and evaluation, and of the augmentation."""
+        # within DDP, which then cuts the backward graph at its buckets, so that gradients leave as they are ready
+        for network in (self.model, self.evaluated):
+            network.compile(mode=mode, dynamic=False)
+        for loader in (self.train, self.val, self.test):
+            if loader:
+                loader.transform = torch.compile(transform, dynamic=False)
+
+    def _warm_up_compiled(self) -> None:
+        """Compile, and record CUDA graphs, for each size of micro-batch that an epoch has, on all ranks alike."""
+        started = time.perf_counter()
+        plan = self.plan
+        last = plan.num_images % plan.global_batch_size
+        sizes = {plan.micro_batch_size} | {math.ceil((last - m) / plan.num_micro_batches) for m in range(last)}
+        split = self.train.split
+        unchanged = torch.zeros(len(split.images), 3, dtype=torch.int32, device=split.images.device)
+        for size in sizes:
+            for _ in range(COMPILED_WARM_UP):
+                self.train.gather(torch.arange(size), unchanged)
+                self._warm_up(size)
+        log.info(
+            f"compiled for micro-batches of {', '.join(map(str, sorted(sizes)))} images in "
+            f"{time.perf_counter() - started:.1f} s, which counts for no throughput"
+        )
 
 
 @torch.no_grad()

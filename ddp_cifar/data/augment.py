@@ -53,15 +53,25 @@ def augment(images: Tensor, augmentations: Tensor) -> Tensor:
 
 def normalize(images: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
     """(B, 3, H, W) uint8 -> float32, (pixel / 255 - MEAN) / STD."""
+    scale, shift = scale_and_shift(images.shape[2] * images.shape[3], images.device)
+    return transform(images, None, scale, shift, memory_format)
+
+
+def transform(
+    images: Tensor, augmentations: Tensor | None, scale: Tensor, shift: Tensor, memory_format: torch.memory_format
+) -> Tensor:
+    """(B, 3, H, W) uint8 -> float32: augmented by its rows of (B, 3), where those are given, and normalised, by what
+    `scale_and_shift` has for this size and device."""
+    if augmentations is not None:
+        images = augment(images, augmentations)
     num_images, _, height, width = images.shape
-    scale, shift = _scale_and_shift(height * width, images.device)
     flat = images.permute(0, 2, 3, 1).reshape(num_images, height * width * 3).to(torch.float32)
     normalized = flat.mul_(scale).add_(shift).view(num_images, height, width, 3).permute(0, 3, 1, 2)
     return normalized.contiguous(memory_format=memory_format)
 
 
 @functools.cache
-def _scale_and_shift(num_pixels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def scale_and_shift(num_pixels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Factor and summand of every number of an image: as broadcasts over three channels they would take twice as long."""
     return tuple(t.repeat(num_pixels).to(device) for t in channel_scale_and_shift())  # type: ignore[return-value]
 

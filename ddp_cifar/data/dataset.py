@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -129,3 +130,12 @@ class DataSet:
 
         test, val = (split and move(split) for split in (self.test, self.val))
         return DataSet(move(self.train), test, self.classes, val)
+
+
+def place_of(splits: Iterable[Split | None], device: torch.device, residency: str) -> torch.device:
+    """Where the images of `splits` go for training on `device`: there or, by `data.residency`, into the host's memory."""
+    if residency == "auto" and device.type == "cuda":
+        each = {id(split.images): split.images.numel() for split in splits if split}  # bytes; splits may share images
+        free, _ = torch.cuda.mem_get_info(device)
+        residency = "device" if sum(each.values()) <= free / 2 else "host"
+    return torch.device("cpu") if residency == "host" else device

@@ -152,10 +152,13 @@ class StepSampler:
             images, num_replicas=1, rank=0, shuffle=True, seed=seed
         )
 
-    def steps(self, epoch: int, first_step: int = 0) -> Iterator[StepIndices]:
-        """This rank's part of the epoch's steps from `first_step` on; earlier ones are sliced off, not read."""
+    def steps(self, epoch: int, first_step: int = 0, device: torch.device | None = None) -> Iterator[StepIndices]:
+        """This rank's part of the epoch's steps from `first_step` on; earlier ones are sliced off, not read.
+
+        Indices are on `device`, where the epoch's order is sent whole; or on the CPU.
+        """
         self.order.set_epoch(epoch)  # without it every epoch replays the first one's order
-        order = torch.tensor(list(self.order))
+        order = torch.tensor(list(self.order)).to(device)
         plan = self.plan
         first = self.rank * plan.grad_accum_steps
         for step in range(first_step, plan.steps_per_epoch):
