@@ -20,7 +20,19 @@ from ddp_cifar.config import flatten
 from ddp_cifar.errors import UserError
 from ddp_cifar.run_dir import RunDir
 
-ELSEWHERE = ("run_dir", "resume", "device", "backend", "data.root", "data.cache", "checkpoint.", "tracking.")
+ELSEWHERE = (
+    "run_dir",
+    "resume",
+    "device",
+    "backend",
+    "data.root",
+    "data.cache",
+    "data.residency",
+    "comm.timeout_s",
+    "train.profile_steps",
+    "checkpoint.",
+    "tracking.",
+)
 """Keys, and sections, that do not change what a run computes."""
 
 Row = dict[str, Any]
