@@ -4,30 +4,24 @@ import argparse
 import json
 import platform
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
-from ddp_cifar.checkpoint import NullCheckpoints
+from ddp_cifar import benchmark
+from ddp_cifar.benchmark import Rates
 from ddp_cifar.config import load_config
 from ddp_cifar.data.augment import MEAN, STD
 from ddp_cifar.data.dataset import DataSet, Split
 from ddp_cifar.distributed import World
-from ddp_cifar.train import TABLES, build_trainer
+from ddp_cifar.train import TABLES
 from ddp_cifar.trainer import Trainer
-
-Rates = dict[str, list[float]]
-"""Contender -> its images/s in each round."""
-
-SETTLE_S = 0.3  # idle DataLoader workers fill their queues in this time, and not at the next contender's cost
 
 
 @dataclass(frozen=True)
@@ -73,53 +67,9 @@ def split_of(dataset: CIFAR10) -> Split:
     return Split.of(torch.from_numpy(dataset.data).permute(0, 3, 1, 2), torch.tensor(dataset.targets))
 
 
-def random_dataset(num_images: int) -> DataSet:
-    """Random images to train on, and none to evaluate on."""
-    return DataSet(split_of(random_cifar10(num_images)), None, tuple("abcdefghij"))
-
-
 def make_trainer(world: World, data: DataSet, *arguments: str) -> Trainer:
     """As the command builds it from these arguments, but that it saves nothing."""
-    return build_trainer(load_config(arguments, TABLES), world, data, NullCheckpoints(Path("nowhere"), keep=1))
-
-
-def train_on(trainer: Trainer, steps: int) -> None:
-    """Let the trainer go on as if `train.max_steps` had said so.
-
-    So each slice also draws the epoch's order and crops, which in a run happens once an epoch.
-    """
-    trainer.last_step = trainer.progress.step + steps
-    trainer.train_epoch()
-
-
-def timed(run: Callable[[], None], images: int) -> Callable[[], float]:
-    """A function that runs a slice of `images` over all ranks and returns its images/s, by the slowest rank's time."""
-
-    def measure() -> float:
-        dist.barrier()
-        started = time.perf_counter()
-        run()
-        seconds = torch.tensor(time.perf_counter() - started)
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)
-        return images / seconds.item()
-
-    return measure
-
-
-def take_turns(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Rates:
-    """Each contender's images/s in each round. A contender runs its slice of work and returns the rate of it.
-
-    They take turns, since a shared machine is faster in one minute than in the next; every other round goes backwards.
-    """
-    for run in contenders.values():
-        run()  # warm-up: kernels are chosen, DDP settles its buckets, workers start
-    rates: Rates = {name: [] for name in contenders}
-    for number in range(rounds):
-        names = list(contenders)
-        for name in reversed(names) if number % 2 else names:
-            time.sleep(SETTLE_S)
-            rates[name].append(contenders[name]())
-    return rates
+    return benchmark.make_trainer(world, data, load_config(arguments, TABLES))
 
 
 def fastest(rates: Rates, names: Sequence[str]) -> str:
@@ -127,14 +77,18 @@ def fastest(rates: Rates, names: Sequence[str]) -> str:
     return max(names, key=lambda name: statistics.median(rates[name]))
 
 
-def report(title: str, rates: Rates, comparisons: Sequence[Comparison], json_file: Path | None) -> None:
+def report(
+    title: str, rates: Rates, comparisons: Sequence[Comparison], json_file: Path | None, unit: str = "images/s"
+) -> None:
     """Print tables in Markdown of the rates, and of the comparisons by each round's ratio; write all to `json_file`."""
     rounds = len(next(iter(rates.values())))
     print(f"\n{title}, {rounds} rounds\n")
-    print("| | images/s, median | min - max |")
+    print(f"| | {unit}, median | min - max |")
     print("|---|---|---|")
     for name, values in rates.items():
-        print(f"| {name} | {statistics.median(values):,.0f} | {min(values):,.0f} - {max(values):,.0f} |")
+        digits = 0 if min(values) > 10 else 3
+        low, middle, high = (f"{rate:,.{digits}f}" for rate in (min(values), statistics.median(values), max(values)))
+        print(f"| {name} | {middle} | {low} - {high} |")
     print("\n| | times as fast, median | min - max | target | |")
     print("|---|---|---|---|---|")
     results: list[dict[str, Any]] = []
@@ -150,5 +104,5 @@ def report(title: str, rates: Rates, comparisons: Sequence[Comparison], json_fil
         results.append(asdict(comparison) | {"median": median, "ratios": ratios})
     if json_file:
         versions = {"torch": torch.__version__, "machine": platform.machine(), "host": platform.node()}
-        content = {"title": title, **versions, "images_per_s": rates, "comparisons": results}
+        content = {"title": title, **versions, "unit": unit, "rates": rates, "comparisons": results}
         json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
-from common import Comparison, arguments, random_cifar10, report, split_of, take_turns
+from common import Comparison, arguments, random_cifar10, report, split_of
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
 
+from ddp_cifar.benchmark import take_turns
 from ddp_cifar.config import TrainConfig
 from ddp_cifar.data.loader import TrainLoader
 from ddp_cifar.data.sampler import StepSampler, plan_batches
@@ -58,7 +59,9 @@ def ours(dataset: CIFAR10, batch: int) -> Callable[[], Iterable[object]]:
     """What a world of one rank trains on. The epoch's order and its table of crops and mirrors are part of it."""
     train = TrainConfig(global_batch_size=batch, micro_batch_size=batch)
     sampler = StepSampler(plan_batches(train, world_size=1, num_images=len(dataset)), rank=0, seed=0)
-    loader = TrainLoader(split_of(dataset), sampler, seed=0, channels_last=train.channels_last)
+    loader = TrainLoader(
+        split_of(dataset), sampler, seed=0, channels_last=train.channels_last, device=torch.device("cpu")
+    )
     return lambda: (micro_batch for step in loader.steps(epoch=0) for micro_batch in step)
 
 

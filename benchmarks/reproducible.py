@@ -7,8 +7,9 @@ The two take turns in one process:
 """
 
 import torch
-from common import Comparison, arguments, make_trainer, random_dataset, report, take_turns, timed, train_on
+from common import Comparison, arguments, make_trainer, report
 
+from ddp_cifar.benchmark import random_dataset, take_turns, timed, train_on
 from ddp_cifar.distributed import open_world
 from ddp_cifar.train import set_up_kernels
 from ddp_cifar.trainer import Trainer

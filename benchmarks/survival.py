@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import Comparison, arguments, make_trainer, random_dataset, report, take_turns, timed, train_on
+from common import Comparison, arguments, make_trainer, report
 
+from ddp_cifar.benchmark import random_dataset, take_turns, timed, train_on
 from ddp_cifar.checkpoint import Checkpoints, NullCheckpoints
 from ddp_cifar.distributed import open_world
 from ddp_cifar.heartbeat import Heartbeat

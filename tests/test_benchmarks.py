@@ -17,10 +17,10 @@ def test_the_speed_benchmark_compares_with_the_best_plain_ddp_and_the_ceiling(sh
     done = shell("torchrun", "--standalone", "--nproc_per_node=2", "benchmarks/speed.py", *options, timeout=300)
     assert done.status == 0, done.err
     results = json.loads((tmp_path / "speed.json").read_text())
-    rates = results["images_per_s"]
+    rates = results["rates"]
     assert set(rates) == {f"plain DDP, workers={w}" for w in (0, 1, 2)} | {"ddp_cifar", "ceiling"}
     assert all(len(values) == 2 and min(values) > 0 for values in rates.values())
-    assert [comparison["target"] for comparison in results["comparisons"]] == [2.1, 0.9]
+    assert [comparison["target"] for comparison in results["comparisons"]] == [2.3, 0.93]
     assert "| ddp_cifar / ceiling |" in done.out
 
 
@@ -63,3 +63,22 @@ def test_the_articles_plot_and_table_come_from_metrics(shell: Shell, tmp_path: P
     assert done.status == 0, done.err
     assert "| 2 | 0.750 | 50.0 % | 50.0 % | 1.068 | 65.8 % | 65.7 % |" in done.out
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "names"), [("hooks", {"hook none", "hook fp16", "hook bf16"}), ("records", {"on", "off"})]
+)
+def test_the_other_benchmarks_of_two_ranks(script: str, names: set[str], shell: Shell, tmp_path: Path) -> None:
+    options = ("--rounds", "1", "--steps", "2", "--batch", "8", "--json", str(tmp_path / "found.json"))
+    done = shell("torchrun", "--standalone", "--nproc_per_node=2", f"benchmarks/{script}.py", *options, timeout=300)
+    assert done.status == 0, done.err
+    assert set(json.loads((tmp_path / "found.json").read_text())["rates"]) == names
+
+
+@pytest.mark.slow
+def test_the_startup_benchmark_compares_with_a_bare_script(shell: Shell, tmp_path: Path) -> None:
+    options = ("--rounds", "1", "--batch", "8", "--json", str(tmp_path / "found.json"))
+    done = shell(sys.executable, "benchmarks/startup.py", *options, timeout=300)
+    assert done.status == 0, done.out + done.err
+    assert set(json.loads((tmp_path / "found.json").read_text())["rates"]) == {"ddp_cifar", "a bare script"}

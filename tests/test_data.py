@@ -123,7 +123,7 @@ def test_every_crop_and_both_mirrors_occur_equally_often() -> None:
 def test_held_out_training_images_keep_their_augmentation(alone: World) -> None:
     """Augmentation goes by the sample id, not by the place in the split."""
     dataset = random_dataset(40, val=10)
-    loader = EvalLoader(dataset.train, channels_last=False)
+    loader = EvalLoader(dataset.train, channels_last=False, device=alone.device)
     table = draw_augmentations(40, seed=0, epoch=0)
     images, _, _ = loader.gather(torch.tensor([5]), table)
     sample = int(dataset.train.sample_ids[5])

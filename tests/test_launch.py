@@ -24,6 +24,7 @@ README = commands_of(
     two_ranks="run_dir=runs/two ranks",
     two_nodes="NNODES=2 NPROC_PER_NODE=2",
     evaluate="evaluate",
+    scaling="^launch/scaling.sh",
     preflight="^launch/preflight.sh",
     ssh="^launch/ssh.sh",
     preflight_by_ssh="preflight launch/ssh.sh",
@@ -154,6 +155,10 @@ def test_the_commands_of_the_page_on_launch(shell: Shell, tmp_path: Path) -> Non
     done = shell("bash", "-c", f"{README['preflight']} {short}", cwd=copy)
     assert done.status == 0, done.out + done.err
     assert "the preflight passed" in done.out
+    small = "--rounds 1 --steps 1"
+    done = shell("bash", "-c", f"{README['scaling']} {small}", cwd=copy, MAX_RANKS="2", IMAGES="8")
+    assert done.status == 0, done.err
+    assert (copy / "runs" / "scaling" / "scaling.png").exists()
     done = shell("bash", "-c", README["evaluate"], cwd=copy)
     assert done.status == 0, done.err
     assert "runs/demo/checkpoints/step_00000002.pt (epoch 1, step 2), test: 20 images" in done.out

@@ -171,6 +171,7 @@ def test_a_control_groups_limits_count(tmp_path: Path, monkeypatch: pytest.Monke
     assert available_cores() == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -1,0 +1,193 @@
+"""The same training by what else a user could pick, each as its own documentation has it, as slices of steps.
+
+Lightning and Accelerate are an extra: `pip install -e .[peers]`.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Adam
+from torch.utils.data import DataLoader, DistributedSampler
+from torchvision.datasets import CIFAR10
+
+from ddp_cifar.distributed import World
+from ddp_cifar.models.cnn import CNN
+
+Steps = Callable[[], None]
+"""Runs a slice of some training steps."""
+
+LR = 1e-3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all of them train alike."""
+
+    dataset: CIFAR10
+    batch: int
+    """Images a rank."""
+    steps: int
+    """Of a slice."""
+    world: World
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.world.device.type == "cuda"
+
+    def loader(self, workers: int, sampler: "DistributedSampler[int] | None" = None) -> "DataLoader[Any]":
+        return DataLoader(
+            self.dataset,
+            batch_size=self.batch,
+            sampler=sampler,
+            shuffle=sampler is None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.on_cuda,
+            drop_last=True,
+        )
+
+
+def plain_ddp(recipe: Recipe, workers: int) -> Steps:
+    """The loop of PyTorch's tutorials on DDP and on training a classifier: fp32."""
+    device = recipe.world.device
+    model = DistributedDataParallel(CNN().to(device), device_ids=[device.index] if recipe.on_cuda else None)
+    optimizer = Adam(model.parameters(), lr=LR)
+    loss_function = nn.CrossEntropyLoss()
+    batches = iter(recipe.loader(workers, DistributedSampler(recipe.dataset, shuffle=True)))
+
+    def run() -> None:
+        running_loss = 0.0
+        for _ in range(recipe.steps):
+            images, labels = (tensor.to(device) for tensor in next(batches))
+            optimizer.zero_grad()
+            loss = loss_function(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            running_loss += loss.item()
+
+    return run
+
+
+def accelerate(recipe: Recipe, workers: int) -> Steps:
+    """Hugging Face Accelerate, as its quick tour migrates a loop; bf16."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="bf16", cpu=not recipe.on_cuda)
+    model = CNN()
+    model, optimizer, loader = accelerator.prepare(model, Adam(model.parameters(), lr=LR), recipe.loader(workers))
+    batches = iter(loader)
+
+    def run() -> None:
+        for _ in range(recipe.steps):
+            images, labels = next(batches)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+
+    return run
+
+
+def lightning(recipe: Recipe, workers: int) -> Steps:
+    """Lightning's Trainer; bf16. Without its log, bar and checkpoints."""
+    import lightning as L
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = CNN()
+
+        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+            images, labels = batch
+            return F.cross_entropy(self.network(images), labels)
+
+        def configure_optimizers(self) -> Adam:
+            return Adam(self.parameters(), lr=LR)
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+    def fit(slice_ended: Callable[[], None]) -> None:
+        class Slices(L.Callback):
+            def on_train_batch_start(self, *_: Any) -> None:
+                if self.batches % recipe.steps == 0:
+                    slice_ended()
+                self.batches += 1
+
+            batches = 0
+
+        trainer = L.Trainer(
+            accelerator="gpu" if recipe.on_cuda else "cpu",
+            devices=recipe.world.local_world_size,
+            strategy="ddp",
+            precision="bf16-mixed",
+            max_epochs=-1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[Slices()],
+        )
+        trainer.fit(Module(), recipe.loader(workers))
+
+    return in_slices(fit)
+
+
+def in_slices(loop: Callable[[Callable[[], None]], None]) -> Steps:
+    """A loop that owns the training, as slices: it runs on a thread, which waits wherever the loop calls its argument.
+
+    One of the two threads runs at a time.
+    """
+    go, done = threading.Semaphore(0), threading.Semaphore(0)
+    errors: list[BaseException] = []
+
+    def slice_ended() -> None:
+        done.release()
+        go.acquire()
+
+    def run_loop() -> None:
+        try:
+            loop(slice_ended)
+            raise RuntimeError("the loop has ended before the benchmark")
+        except BaseException as error:
+            errors.append(error)
+            done.release()
+
+    thread = threading.Thread(target=run_loop, daemon=True)
+
+    def run() -> None:
+        if thread.ident is None:
+            thread.start()
+            done.acquire()  # it is before its first step
+        go.release()
+        done.acquire()
+        if errors:
+            raise errors[0]
+
+    return run
+
+
+@contextlib.contextmanager
+def left_at_once() -> Iterator[None]:
+    """The process ends with the body, loops that are not at their end included."""
+    try:
+        yield
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+    torch.cuda.synchronize() if torch.cuda.is_initialized() else None
+    print(end="", flush=True)
+    os._exit(0)
