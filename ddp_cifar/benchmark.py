@@ -113,7 +113,8 @@ def timed(run: Callable[[], None], amount: float, device: torch.device | None = 
         started = time.perf_counter()
         run()
         _finish(device)
-        seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64, device=device)
+        where = device if device is not None and device.type == "cuda" else None  # no backend takes those of mps
+        seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64, device=where)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return amount / seconds.item()
 
