@@ -214,7 +214,8 @@ def measure(config: Config, world: World, rounds: int, steps: int | None) -> dic
     quiet = {"fingerprint_every": None, "profile_steps": None, "max_steps": None, "epochs": NEVER}
     config = _with(config, "train", quiet)
     config = _with(config, "checkpoint", {"every_steps": None, "every_minutes": None})
-    data = random_dataset(max(NUM_IMAGES, config.train.global_batch_size), config.data.image_size)
+    size = config.train.global_batch_size  # a whole number of steps an epoch: each has as many images
+    data = random_dataset(math.ceil(NUM_IMAGES / size) * size, config.data.image_size)
     trainer = make_trainer(world, data, config)
     train_on(trainer, 2)
     warm_up_s = time.perf_counter() - began

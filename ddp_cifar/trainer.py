@@ -415,7 +415,7 @@ class Trainer:
         """One update from this rank's micro-batches of the step."""
         self.lr = self.schedule.before_step(self.progress.step)
         self.buffers.begin_step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         skips = self.config.train.on_nonfinite == "skip"
         kept = [buffer.clone() for buffer in self.model.buffers()] if skips else []
         last = len(batch) - 1
@@ -709,8 +709,12 @@ class Trainer:
         logits.float().sum().backward()
         if self.tree:
             self.tree.end_micro_batch(is_last=True)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         _restore(self.model.buffers(), kept)
+
+    def _zero_grad(self) -> None:
+        """Compiled, gradients stay where they are, in DDP's buckets: a CUDA graph would overwrite those that it has made."""
+        self.optimizer.zero_grad(set_to_none=self.config.train.compile == "off")
 
     def _compile(self, mode: str) -> None:
         """Have torch.compile make kernels of the network, for training and evaluation, and of the augmentation."""
@@ -725,16 +729,15 @@ class Trainer:
         """Compile, and record CUDA graphs, for each size of micro-batch that an epoch has, on all ranks alike."""
         started = time.perf_counter()
         plan = self.plan
-        last = plan.num_images % plan.global_batch_size
-        sizes = {plan.micro_batch_size} | {math.ceil((last - m) / plan.num_micro_batches) for m in range(last)}
+        sizes = plan.micro_batch_sizes()
         split = self.train.split
         unchanged = torch.zeros(len(split.images), 3, dtype=torch.int32, device=split.images.device)
-        for size in sizes:
+        for size in sizes:  # the usual one first
             for _ in range(COMPILED_WARM_UP):
                 self.train.gather(torch.arange(size), unchanged)
                 self._warm_up(size)
         log.info(
-            f"compiled for micro-batches of {', '.join(map(str, sorted(sizes)))} images in "
+            f"compiled for micro-batches of {', '.join(map(str, sizes))} images in "
             f"{time.perf_counter() - started:.1f} s, which counts for no throughput"
         )
 

@@ -19,6 +19,7 @@ from ddp_cifar import scaling
 from ddp_cifar.benchmark import model_flops
 from ddp_cifar.data.dataset import place_of
 from ddp_cifar.data.loader import EvalBatch
+from ddp_cifar.data.sampler import StepSampler, plan_batches
 from ddp_cifar.distributed import World
 from ddp_cifar.models.cnn import CNN
 from ddp_cifar.trainer import Trainer
@@ -133,6 +134,17 @@ def _first_losses(world: World, *arguments: str) -> list[float]:
     rows = Rows()
     trainer.fit(rows)
     return [float(row[tag]) for row in rows.rows for tag in ("train/loss", "test/loss") if tag in row]
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "sizes"), [(512, 64, [64, 42]), (128, 32, [32, 20]), (512, 512, [512, 336]), (500, 50, [50])]
+)
+def test_few_sizes_are_compiled_and_they_are_those_of_an_epoch(batch: int, micro: int, sizes: list[int]) -> None:
+    train = config_of(f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}").train
+    plan = plan_batches(train, 1, 50_000)
+    assert plan.micro_batch_sizes() == sizes
+    steps = StepSampler(plan, 0, seed=0).steps(0)
+    assert sorted({len(m.indices) for step in steps for m in step.micro_batches}, reverse=True) == sizes
 
 
 def test_torch_compile_needs_a_gpu(train: Callable[..., Any], tmp_path: Path) -> None:

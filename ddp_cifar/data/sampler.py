@@ -37,6 +37,12 @@ class BatchPlan:
     def steps_per_epoch(self) -> int:
         return -(-self.num_images // self.global_batch_size)
 
+    def micro_batch_sizes(self) -> list[int]:
+        """Images of a micro-batch, of any rank: as usual, and in an epoch's last step, largest first."""
+        last, count = self.num_images % self.global_batch_size, self.num_micro_batches
+        short = {-(-(last - m) // count) for m in range(count)} if last else set()
+        return sorted({self.micro_batch_size} | short, reverse=True)
+
     def __str__(self) -> str:
         ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
         accumulated = f" x {self.grad_accum_steps} micro-batches" if self.grad_accum_steps > 1 else ""
