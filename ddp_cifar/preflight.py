@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddp_cifar.checks.common import RUN_DIR_HINT, compare, missing_ranks
+from ddp_cifar.checks.common import RUN_DIR_HINT, check_arrival, compare, missing_ranks
 from ddp_cifar.checks.here import (
     CHECK_PATIENCE,
     FAIL,
@@ -58,7 +58,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("arguments", metavar="CONFIG.yaml key=value", nargs="*", help="the run's, as train takes them")
     parser.add_argument("--json", type=Path, help="write all of it to this file")
     parser.add_argument("--nodes", type=int, help="how many are expected (those that torchrun has)")
-    parser.add_argument("--hosts", help="their names, with commas between, so that a missing one can be named")
+    parser.add_argument(
+        "--hosts",
+        type=lambda names: [name for name in names.split(",") if name],
+        default=[],
+        help="their names, with commas between, so that a missing one can be named",
+    )
     parser.add_argument("--patience", type=float, default=30.0, help="seconds that ranks wait for each other (30)")
     parser.add_argument("--max-latency-ms", type=float, default=5.0, help="of a link between nodes (5)")
     parser.add_argument("--min-mb-per-s", type=float, default=20.0, help="of a link between nodes (20)")
@@ -69,9 +74,12 @@ def main(argv: Sequence[str]) -> int:
     here = Here(config, options, rank, world_size, *local_place())
     began = time.monotonic()
     here.facts |= {"rank": rank, "local_rank": here.local_rank, "host": here.host}
+    # before it is known to the others: from then on one of them may be gone at any moment
+    signal.signal(signal.SIGTERM, lambda *_: here.ended.set())
     meet(here)
-    is_ended = watch(here)
-    return report(here, began, REPORTS_S if is_ended else CHECK_PATIENCE * options.patience + REPORTS_S)
+    here.check("arrival", check_arrival)
+    watch(here)
+    return report(here, began, REPORTS_S if here.ended.is_set() else CHECK_PATIENCE * options.patience + REPORTS_S)
 
 
 def check_options(options: Any) -> None:
@@ -80,22 +88,19 @@ def check_options(options: Any) -> None:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value:g} is out of range: expected a number above 0")
-    options.hosts = [host for host in (options.hosts or "").split(",") if host]
     if options.json and not os.access(options.json.absolute().parent, os.W_OK):
         raise UserError(f"--json {options.json}: {options.json.absolute().parent} is no folder that can be written")
 
 
-def watch(here: Here) -> bool:
-    """Do all checks, but no longer than each may take: a network, a GPU or a file system can block a thread for good.
+def watch(here: Here) -> None:
+    """Do all checks, but no longer than each may take, or until this process is asked to end.
 
-    True if this process was asked to end meanwhile, as torchrun does once another rank of its own is gone.
+    A network, a GPU or a file system can block a thread for good.
     """
     # of a collective that does not end, torch's watchdog would end this process, and nobody would say what was found
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     here.begin("host")
     failures: list[BaseException] = []
-    ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
 
     def checks() -> None:
         try:
@@ -111,16 +116,15 @@ def watch(here: Here) -> bool:
     worker = threading.Thread(target=checks, name="checks", daemon=True)
     worker.start()
     signs = 0
-    while worker.is_alive() and not ended.is_set() and time.monotonic() < here.deadline:
+    while worker.is_alive() and not here.ended.is_set() and time.monotonic() < here.deadline:
         worker.join(SIGN_S)
         signs += 1
         here.line.set(f"alive/{here.rank}", str(signs))
     if failures:
         raise failures[0]
-    if worker.is_alive() and not ended.is_set():
+    if worker.is_alive() and not here.ended.is_set():
         found = f"this check did not end: it blocks, on {here.host}"
         here.outcomes.append(Outcome(here.at, FAIL, found, HINTS.get(here.at, AT_FAULT)))
-    return ended.is_set()
 
 
 def report(here: Here, began: float, patience_s: float) -> int:

@@ -86,12 +86,12 @@ class RunDir:
         lock.seek(0)
         holder = lock.read().strip()
         try:
-            locked = _lock(lock, CLAIM_PATIENCE_S)
+            locked = lock_file(lock, CLAIM_PATIENCE_S)
             if not locked and not holder.endswith(f" on {socket.gethostname()}"):
                 log.info(
                     f"{self.path} is in use by {holder}: waiting {LOST_NODE_PATIENCE_S:.0f} s, in case its node is gone"
                 )
-                locked = _lock(lock, LOST_NODE_PATIENCE_S)
+                locked = lock_file(lock, LOST_NODE_PATIENCE_S)
         except OSError as error:
             log.warning(f"{self.path} cannot be locked ({error.strerror}): see to it that only one run uses it")
             return
@@ -170,7 +170,7 @@ class RunDir:
             log.warning(f"cannot write {self.path / 'status'} ({error.strerror}); the status is: {status}")
 
 
-def _lock(file: IO[str], patience_s: float) -> bool:
+def lock_file(file: IO[str], patience_s: float) -> bool:
     """Lock `file`; False if another process holds it for longer than `patience_s`. Raises `OSError` if it cannot be locked."""
     deadline = time.monotonic() + patience_s
     while True:

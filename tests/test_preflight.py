@@ -235,7 +235,7 @@ import os, signal, sys, threading, time
 def plant():
     machine = sys.modules.get('ddp_cifar.checks.machine')
     if machine and hasattr(machine, 'check_disk'):
-        machine.check_limits = lambda _: {fault}
+        sys.modules['ddp_cifar.checks.{module}'].{function} = lambda _: {fault}
     else:
         threading.Timer(0.05, plant).start()
 if os.environ.get('RANK') == '1':
@@ -243,20 +243,29 @@ if os.environ.get('RANK') == '1':
 """
 
 
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "expected"),
+    ("place", "fault", "expected"),
     [
-        ("time.sleep(100)", "FAIL limits, rank 1 ({host}): this check did not end: it blocks, on {host}"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "FAIL limits, rank 1 ({host}): it fell silent in the check 'limits'"),
+        (
+            "machine.check_limits",
+            "time.sleep(100)",
+            "FAIL limits, rank 1 ({host}): this check did not end: it blocks, on {host}",
+        ),
+        ("machine.check_limits", KILLED, "FAIL limits, rank 1 ({host}): it fell silent in the check 'limits'"),
+        ("here.open_store", f"time.sleep(3) or {KILLED}", "FAIL arrival, rank 0 ({host}): not there: rank 1 on {host}"),
     ],
 )
 def test_a_check_that_blocks_and_a_rank_that_is_killed_are_in_the_report(
-    fault: str, expected: str, shell: Callable[..., Any], tmp_path: Path
+    place: str, fault: str, expected: str, shell: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """The killed one is on rank 0's own node, where torchrun ends rank 0 as well."""
-    (tmp_path / "sitecustomize.py").write_text(FAULT.format(fault=fault))
-    arguments = shlex.join([*TINY, f"run_dir={tmp_path / 'run'}", "--patience=3"])
+    """The killed one is on rank 0's own node, where torchrun ends rank 0 as well, whatever it is at."""
+    module, function = place.split(".")
+    (tmp_path / "sitecustomize.py").write_text(FAULT.format(module=module, function=function, fault=fault))
+    arguments = shlex.join([*TINY, f"run_dir={tmp_path / 'run'}", "--patience=5"])
     done = shell(
         *("bash", "-c", f"launch/preflight.sh {arguments}"),
         **{"NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)},

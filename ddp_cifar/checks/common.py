@@ -1,7 +1,6 @@
 """What ranks have in common: that all are there, software, data, names, one run_dir for all nodes."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -12,12 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ddp_cifar.checkpoint import write_durably
 from ddp_cifar.checks.here import Here, LeftOut, Problem, wait_for
 from ddp_cifar.checks.machine import addresses_of, check_disk, check_memory
-from ddp_cifar.run_dir import RunDir
+from ddp_cifar.run_dir import RunDir, lock_file
 
 PROBE_BYTES = 2**20
 NO_LOCK_HINT = "see to it that no two jobs use one run_dir; Lustre has locks where it is mounted with -o flock"
@@ -26,16 +25,14 @@ RUN_DIR_HINT = "see to it that run_dir is on a file system that all nodes share"
 
 def compare(here: Here) -> None:
     """The checks of what is the same on all ranks, by their facts."""
-    here.check("arrival", check_arrival)
     here.check("versions", check_versions)
     here.check("own device", check_own_device)
     here.check("same data", check_same_data)
     here.check("memory", check_memory)
     here.check("names", check_names)
     here.check("run_dir", check_run_dir, RUN_DIR_HINT)
-    here.check(
-        "disk", check_disk
-    )  # after it: to ask for a folder that is not there yet can have a node keep that answer
+    # after it: to ask for a folder that is not there yet can have a node keep that answer
+    here.check("disk", check_disk)
 
 
 def missing_ranks(here: Here) -> list[str]:
@@ -187,7 +184,7 @@ def check_run_dir(here: Here) -> str:
         )
         write_durably(folder / f"rank_{here.rank}", os.urandom(PROBE_BYTES))
         with open(folder / "lock", "r+") as lock:  # NFS gives none on what is open for reading alone
-            if not _take(lock):
+            if not lock_file(lock, patience_s=0):
                 return "shared"
         raise Problem(
             f"a lock on run_dir={run_dir} does not hold on other nodes",
@@ -210,19 +207,19 @@ def _first_of_run_dir(here: Here, folder: Path, new: Sequence[Path]) -> str:
             lock = cleanup.enter_context(open(folder / "lock", "w"))
             content = os.urandom(PROBE_BYTES)
             write_durably(folder / "rank_0", content)
-            has_lock, why = True, ""
+            no_lock = ""
             try:
-                _take(lock)
+                lock_file(lock, patience_s=0)
             except OSError as error:
-                has_lock, why = False, str(error.strerror)
+                no_lock = str(error.strerror)
         except OSError:
             here.store.set("run_dir/written", "no")
             raise
         here.store.set("run_dir/written", hashlib.sha256(content).hexdigest())
         wait_for(here.store, "run_dir", [facts["rank"] for facts in others], 2 * here.options.patience)
         unseen = [facts["host"] for facts in others if not (folder / f"rank_{facts['rank']}").exists()]
-    if not has_lock:
-        raise Problem(f"run_dir={here.config.run_dir} takes no lock ({why})", NO_LOCK_HINT, is_warning=True)
+    if no_lock:
+        raise Problem(f"run_dir={here.config.run_dir} takes no lock ({no_lock})", NO_LOCK_HINT, is_warning=True)
     if unseen:
         raise Problem(
             f"what {', '.join(unseen)} wrote to run_dir={here.config.run_dir} is not seen on {here.host}",
@@ -237,15 +234,6 @@ def _remove(folder: Path, new: Sequence[Path]) -> None:
     for path in new:
         with contextlib.suppress(OSError):
             path.rmdir()
-
-
-def _take(lock: IO[str]) -> bool:
-    """False if another has it. Raises `OSError` if the file system has no locks."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _expect_file(path: Path, sha256: str, patience_s: float, otherwise: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -76,6 +77,8 @@ class Here:
     everyone: list[dict[str, Any]] = field(default_factory=list)
     """The facts of each of them that has looked at its machine."""
     world: World | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+    """Set once this process was asked to end, as torchrun does when another rank of its own is gone."""
     measured: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -118,7 +121,7 @@ class Here:
 
 
 def meet(here: Here) -> None:
-    """Wait until all ranks have arrived in the store. Raises `UserError` if it is not reached."""
+    """Wait until all ranks have arrived in the store, or this one was asked to end. Raises `UserError` if it is not reached."""
     patience = timedelta(seconds=here.options.patience)
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
@@ -137,12 +140,20 @@ def tell(
 ) -> list[dict[str, Any]]:
     """Leave this rank's facts in the store, and return those of all `ranks` that have."""
     here.store.set(f"{name}/{here.rank}", json.dumps(here.facts))
-    found = wait_for(here.store, name, ranks, patience_s, alive=alive)
+    found = wait_for(here.store, name, ranks, patience_s, alive=alive, ended=here.ended)
     return [json.loads(here.store.get(f"{name}/{rank}")) for rank in found]
 
 
-def wait_for(store: Any, name: str, ranks: Iterable[int], patience_s: float, *, alive: bool = False) -> list[int]:
-    """Which of `ranks` have left `name` in the store, once all have, or when patience ends.
+def wait_for(
+    store: Any,
+    name: str,
+    ranks: Iterable[int],
+    patience_s: float,
+    *,
+    alive: bool = False,
+    ended: threading.Event | None = None,
+) -> list[int]:
+    """Which of `ranks` have left `name` in the store, once all have, when patience ends, or when this process has `ended`.
 
     With `alive` it ends sooner, where all that have not give no sign of life any more.
     """
@@ -155,7 +166,7 @@ def wait_for(store: Any, name: str, ranks: Iterable[int], patience_s: float, *, 
 
     while not store.check([f"{name}/{rank}" for rank in ranks]):
         now = time.monotonic()
-        if now - began > patience_s:
+        if now - began > patience_s or (ended and ended.is_set()):
             return there()
         if alive and pause >= MOST_PAUSE_S:
             absent = set(ranks) - set(there())

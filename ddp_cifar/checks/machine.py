@@ -301,8 +301,7 @@ def available_memory() -> tuple[float, float]:
                 most = float((group / limit).read_text())
                 stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
                 left = max(0.0, most - float((group / used).read_text()) + float(stat.get(cache, 0)))
-                if most < total or left < free:
-                    free, total = min(free, left), min(total, most)
+                free, total = min(free, left), min(total, most)
     return free, total
 
 
