@@ -20,6 +20,7 @@ from ddp_cifar.config import load_config
 from ddp_cifar.data.augment import MEAN, STD
 from ddp_cifar.data.dataset import DataSet, Split
 from ddp_cifar.distributed import World
+from ddp_cifar.tracking import NullTracker, Tracker, build_tracker
 from ddp_cifar.train import TABLES
 from ddp_cifar.trainer import Trainer
 
@@ -70,6 +71,27 @@ def split_of(dataset: CIFAR10) -> Split:
 def make_trainer(world: World, data: DataSet, *arguments: str) -> Trainer:
     """As the command builds it from these arguments, but that it saves nothing."""
     return benchmark.make_trainer(world, data, load_config(arguments, TABLES))
+
+
+def batch_sizes(world: World, batch: int, micro: int | None = None) -> list[str]:
+    """The settings for `batch` images a step on each rank, in micro-batches of as many, or of `micro`."""
+    return [f"train.global_batch_size={batch * world.world_size}", f"train.micro_batch_size={micro or batch}"]
+
+
+def title_of(trainer: Trainer, batch: int, slices: str) -> str:
+    """What is measured: ranks, images, threads, precision, and what a slice is."""
+    world = trainer.world
+    return (
+        f"{world.world_size} ranks x {batch} images on {world.device.type}, {torch.get_num_threads()} threads a rank, "
+        f"{trainer.precision}, {slices}"
+    )
+
+
+def tracker_in(folder: Path, world: World) -> Tracker:
+    """As a run has it: rank 0 writes."""
+    if not world.is_main:
+        return NullTracker()
+    return build_tracker(folder / "metrics.jsonl", folder / "tensorboard", 0)
 
 
 def fastest(rates: Rates, names: Sequence[str]) -> str:

@@ -7,40 +7,42 @@ The three take turns in one run. benchmarks/slow_link.sh runs it between two net
 """
 
 import functools
+from collections.abc import Sequence
 
-import peers
-import torch
-from common import Comparison, arguments, make_trainer, report
+from common import Comparison, arguments, batch_sizes, make_trainer, report, title_of
 
 from ddp_cifar.benchmark import random_dataset, take_turns, timed, train_on
+from ddp_cifar.command import run_command
 from ddp_cifar.distributed import open_world
 
 HOOKS = ("none", "fp16", "bf16")
 TARGET = 1.3
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     parser = arguments("images/s by comm.hook", rounds=7)
     parser.add_argument("--steps", type=int, default=5, help="steps a slice (5)")
-    options = parser.parse_args()
-    with open_world("cpu") as world, peers.left_at_once():
+    options = parser.parse_args(argv)
+    with open_world("cpu") as world:
         images = options.steps * options.batch * world.world_size
         data = random_dataset((options.rounds + 1) * images)
-        sizes = [
-            f"train.global_batch_size={options.batch * world.world_size}",
-            f"train.micro_batch_size={options.batch}",
-        ]
+        sizes = batch_sizes(world, options.batch)
         trainers = {hook: make_trainer(world, data, *sizes, f"comm.hook={hook}") for hook in HOOKS}
         contenders = {
-            f"hook {hook}": timed(functools.partial(train_on, trainer, options.steps), images)
+            f"hook {hook}": timed(functools.partial(train_on, trainer, options.steps), images, world)
             for hook, trainer in trainers.items()
         }
         rates = take_turns(contenders, options.rounds)
         if world.is_main:
-            title = f"{world.world_size} ranks x {options.batch} images, {torch.get_num_threads()} threads a rank"
             comparisons = [Comparison(f"hook {hook}", "hook none", TARGET) for hook in HOOKS[1:]]
-            report(f"{title}, {trainers['none'].precision}", rates, comparisons, options.json)
+            report(
+                title_of(trainers["none"], options.batch, f"{options.steps} steps a slice"),
+                rates,
+                comparisons,
+                options.json,
+            )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)  # at the interpreter's own end gloo's threads may still hold a hook

@@ -3,16 +3,13 @@
 Lightning and Accelerate are an extra: `pip install -e .[peers]`.
 """
 
-import contextlib
 import logging
-import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -176,18 +173,3 @@ def in_slices(loop: Callable[[Callable[[], None]], None]) -> Steps:
             raise errors[0]
 
     return run
-
-
-@contextlib.contextmanager
-def left_at_once() -> Iterator[None]:
-    """The process ends with the body, loops that are not at their end included."""
-    try:
-        yield
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        os._exit(1)
-    torch.cuda.synchronize() if torch.cuda.is_initialized() else None
-    print(end="", flush=True)
-    os._exit(0)

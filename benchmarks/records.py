@@ -9,13 +9,10 @@ import contextlib
 import tempfile
 from pathlib import Path
 
-import peers
-import torch
-from common import Comparison, arguments, make_trainer, report
+from common import Comparison, arguments, batch_sizes, make_trainer, report, title_of, tracker_in
 
-from ddp_cifar.benchmark import random_dataset, take_turns, timed, train_on
+from ddp_cifar.benchmark import NEVER, random_dataset, take_turns, timed, train_on
 from ddp_cifar.distributed import open_world
-from ddp_cifar.tracking import NullTracker, build_tracker
 
 TARGET = 0.99
 
@@ -24,31 +21,21 @@ def main() -> None:
     parser = arguments("images/s with what a run records, and without", rounds=7)
     parser.add_argument("--steps", type=int, default=40, help="steps a slice (40)")
     options = parser.parse_args()
-    with open_world("cpu") as world, tempfile.TemporaryDirectory() as folder, peers.left_at_once():
+    with open_world("cpu") as world, tempfile.TemporaryDirectory() as folder:
         images = options.steps * options.batch * world.world_size
         data = random_dataset((options.rounds + 1) * images)
-        sizes = [
-            f"train.global_batch_size={options.batch * world.world_size}",
-            f"train.micro_batch_size={options.batch}",
-        ]
+        sizes = batch_sizes(world, options.batch)
         on = make_trainer(world, data, *sizes)
-        off = make_trainer(world, data, *sizes, f"train.log_every={10**9}", "train.fingerprint_every=null")
-        off.show_progress, on.show_progress = False, world.is_main
-        with contextlib.ExitStack() as stack:
-            if world.is_main:
-                tracker = build_tracker(Path(folder, "metrics.jsonl"), Path(folder, "tensorboard"), 0)
-                on.tracker = stack.enter_context(contextlib.closing(tracker))
-            assert isinstance(off.tracker, NullTracker)
-            contenders = {
-                "on": timed(lambda: train_on(on, options.steps), images),
-                "off": timed(lambda: train_on(off, options.steps), images),
-            }
+        on.show_progress = world.is_main
+        off = make_trainer(world, data, *sizes, f"train.log_every={NEVER}", "train.fingerprint_every=null")
+        contenders = {
+            "on": timed(lambda: train_on(on, options.steps), images, world),
+            "off": timed(lambda: train_on(off, options.steps), images, world),
+        }
+        with contextlib.closing(tracker_in(Path(folder), world)) as on.tracker:
             rates = take_turns(contenders, options.rounds)
         if world.is_main:
-            title = (
-                f"{world.world_size} ranks x {options.batch} images, {torch.get_num_threads()} threads a rank, "
-                f"{on.precision}, {options.steps} steps a slice"
-            )
+            title = title_of(on, options.batch, f"{options.steps} steps a slice")
             report(title, rates, [Comparison("on", "off", TARGET)], options.json)
 
 

@@ -7,7 +7,7 @@ The two take turns in one process:
 """
 
 import torch
-from common import Comparison, arguments, make_trainer, report
+from common import Comparison, arguments, batch_sizes, make_trainer, report, title_of
 
 from ddp_cifar.benchmark import random_dataset, take_turns, timed, train_on
 from ddp_cifar.distributed import open_world
@@ -27,8 +27,7 @@ def main() -> None:
         images = options.steps * options.batch * world.world_size
         data = random_dataset((options.rounds + 1) * images)
         sizes = [
-            f"train.global_batch_size={options.batch * world.world_size}",
-            f"train.micro_batch_size={options.micro or options.batch}",
+            *batch_sizes(world, options.batch, options.micro),
             f"train.log_every={min(options.steps, 20)}",
             f"train.threads={torch.get_num_threads()}",
         ]
@@ -41,14 +40,12 @@ def main() -> None:
             train_on(trainer, options.steps)
 
         contenders = {
-            name: timed(lambda trainer=trainer: slice_of(trainer), images) for name, trainer in trainers.items()
+            name: timed(lambda trainer=trainer: slice_of(trainer), images, world) for name, trainer in trainers.items()
         }
         rates = take_turns(contenders, options.rounds)
         if world.is_main:
-            title = (
-                f"{world.world_size} ranks x {options.batch} images in micro-batches of {options.micro or options.batch}, "
-                f"{torch.get_num_threads()} threads a rank, {trainers['on'].precision}, {options.steps} steps a slice"
-            )
+            slices = f"micro-batches of {options.micro or options.batch}, {options.steps} steps a slice"
+            title = title_of(trainers["on"], options.batch, slices)
             report(title, rates, [Comparison("on", "off", TARGET)], options.json)
 
 

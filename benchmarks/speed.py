@@ -17,17 +17,27 @@ The network is the article's. The contenders take turns in one run:
 import contextlib
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import peers
-import torch
-from common import Comparison, arguments, fastest, make_trainer, random_cifar10, report, split_of
+from common import (
+    Comparison,
+    arguments,
+    batch_sizes,
+    fastest,
+    make_trainer,
+    random_cifar10,
+    report,
+    split_of,
+    title_of,
+    tracker_in,
+)
 
 from ddp_cifar.benchmark import computation, take_turns, timed, train_on
+from ddp_cifar.command import run_command
 from ddp_cifar.data.dataset import DataSet
-from ddp_cifar.distributed import World, open_world
-from ddp_cifar.tracking import NullTracker, Tracker, build_tracker
+from ddp_cifar.distributed import open_world
 from ddp_cifar.train import set_up_kernels
 
 TARGETS = {
@@ -36,7 +46,7 @@ TARGETS = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     parser = arguments("images/s of ddp_cifar, of others, and of the computation alone", rounds=11)
     parser.add_argument("--steps", type=int, default=3, help="steps a slice (3)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(cpu)")
@@ -45,16 +55,13 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], help="more settings of ddp_cifar, such as train.compile=default"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
 
-    with open_world(options.device) as world, tempfile.TemporaryDirectory() as folder, peers.left_at_once():
+    with open_world(options.device) as world, tempfile.TemporaryDirectory() as folder:
         # the whole benchmark is one epoch, so that no DataLoader starts anew within a slice
         dataset = random_cifar10((options.rounds + 2) * options.steps * options.batch * world.world_size)
         data = DataSet(split_of(dataset), None, tuple("abcdefghij"))
-        sizes = [
-            f"train.global_batch_size={options.batch * world.world_size}",
-            f"train.micro_batch_size={options.batch}",
-        ]
+        sizes = batch_sizes(world, options.batch)
         # on the CPU a row of metrics in each slice, which is more often than by default
         trainer = make_trainer(world, data, *sizes, f"train.log_every={min(options.steps, 20)}", *options.set)
         set_up_kernels(trainer.config.train, world)
@@ -68,14 +75,11 @@ def main() -> None:
         runs["ceiling"] = computation(trainer, options.steps)
 
         images = options.steps * options.batch * world.world_size
-        with contextlib.closing(_tracker(world, Path(folder))) as trainer.tracker:
-            contenders = {name: timed(run, images, world.device) for name, run in runs.items()}
+        with contextlib.closing(tracker_in(Path(folder), world)) as trainer.tracker:
+            contenders = {name: timed(run, images, world) for name, run in runs.items()}
             rates = take_turns(contenders, options.rounds)
         if world.is_main:
-            title = (
-                f"{world.world_size} ranks x {options.batch} images on {world.device.type}, {torch.get_num_threads()} threads "
-                f"a rank, {trainer.precision}, {options.steps} steps a slice"
-            )
+            title = title_of(trainer, options.batch, f"{options.steps} steps a slice")
             targets = TARGETS[options.device]
             best = {name: fastest(rates, [f"{name}, workers={n}" for n in workers]) for name in others}
             comparisons = [
@@ -84,14 +88,8 @@ def main() -> None:
                 if name in best or name == "ceiling"
             ]
             report(title, rates, comparisons, options.json)
-
-
-def _tracker(world: World, folder: Path) -> Tracker:
-    """As a run has it: rank 0 writes."""
-    if not world.is_main:
-        return NullTracker()
-    return build_tracker(folder / "metrics.jsonl", folder / "tensorboard", 0)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)  # which ends the process, and so the others' loops and workers

@@ -8,10 +8,9 @@ import contextlib
 import tempfile
 from pathlib import Path
 
-import torch
-from common import Comparison, arguments, make_trainer, report
+from common import Comparison, arguments, batch_sizes, make_trainer, report, title_of
 
-from ddp_cifar.benchmark import random_dataset, take_turns, timed, train_on
+from ddp_cifar.benchmark import NEVER, random_dataset, take_turns, timed, train_on
 from ddp_cifar.checkpoint import Checkpoints, NullCheckpoints
 from ddp_cifar.distributed import open_world
 from ddp_cifar.heartbeat import Heartbeat
@@ -19,7 +18,6 @@ from ddp_cifar.stopping import Requests
 from ddp_cifar.trainer import Trainer
 
 TARGET = 0.98
-NEVER = 10**9
 
 
 def main() -> None:
@@ -31,11 +29,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         images = options.steps * options.batch * world.world_size
         data = random_dataset((options.rounds + 1) * images)
-        common = [
-            f"train.global_batch_size={options.batch * world.world_size}",
-            f"train.micro_batch_size={options.batch}",
-        ]
-        common += ["train.straggler_factor=null", "checkpoint.every_minutes=null"]
+        common = [*batch_sizes(world, options.batch), "train.straggler_factor=null", "checkpoint.every_minutes=null"]
         off = make_trainer(world, data, *common, f"train.agree_every={NEVER}", "train.fingerprint_every=null")
         off.counter.ledger = None
         on = make_trainer(world, data, *common)
@@ -51,13 +45,13 @@ def main() -> None:
             trainer.save_due = trainer is on
             train_on(trainer, options.steps)
 
-        contenders = {"on": timed(lambda: slice_of(on), images), "off": timed(lambda: slice_of(off), images)}
+        contenders = {
+            "on": timed(lambda: slice_of(on), images, world),
+            "off": timed(lambda: slice_of(off), images, world),
+        }
         rates = take_turns(contenders, options.rounds)
         if world.is_main:
-            title = (
-                f"{world.world_size} ranks x {options.batch} images, {torch.get_num_threads()} threads a rank, "
-                f"{on.precision}, {options.steps} steps and a checkpoint a slice"
-            )
+            title = title_of(on, options.batch, f"{options.steps} steps and a checkpoint a slice")
             report(title, rates, [Comparison("on", "off", TARGET)], options.json)
 
 

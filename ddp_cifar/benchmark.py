@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddp_cifar.checkpoint import NullCheckpoints
-from ddp_cifar.command import Arguments, megabytes, run_command, show, writing
+from ddp_cifar.command import Arguments, check_counts, megabytes, run_command, show, writing
 from ddp_cifar.config import Config, load_config
 from ddp_cifar.data.dataset import DataSet, Split
 from ddp_cifar.distributed import World, open_world
@@ -58,9 +58,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, help="steps of a slice (as many as take about a second)")
     parser.add_argument("--json", type=Path, help="write all of it to this file")
     options = parser.parse_intermixed_args(argv)
-    for name in ("rounds", "steps"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise UserError(f"--{name} {value} is out of range: expected 1 or more")
+    check_counts(options, "rounds", "steps")
     if options.json and not options.json.parent.is_dir():
         raise UserError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
     config = load_config(options.arguments, TABLES)
@@ -103,22 +101,21 @@ def train_on(trainer: Trainer, steps: int) -> None:
     trainer.train_epoch()
 
 
-def timed(run: Callable[[], None], amount: float, device: torch.device | None = None) -> Callable[[], float]:
-    """A function that runs a slice of `amount` images, or operations, over all ranks and returns its rate, by the slowest
-    rank's time."""
+def seconds_of(run: Callable[[], None], world: World) -> float:
+    """What it takes all ranks that begin together, by the slowest one's time."""
+    dist.barrier()
+    _finish(world.device)
+    started = time.perf_counter()
+    run()
+    _finish(world.device)
+    seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX, group=world.side)
+    return seconds.item()
 
-    def measure() -> float:
-        dist.barrier()
-        _finish(device)
-        started = time.perf_counter()
-        run()
-        _finish(device)
-        where = device if device is not None and device.type == "cuda" else None  # no backend takes those of mps
-        seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64, device=where)
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)
-        return amount / seconds.item()
 
-    return measure
+def timed(run: Callable[[], None], amount: float, world: World) -> Callable[[], float]:
+    """A function that runs a slice of `amount` images, or operations, over all ranks and returns its rate."""
+    return lambda: amount / seconds_of(run, world)
 
 
 def take_turns(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Rates:
@@ -141,9 +138,8 @@ def computation(trainer: Trainer, steps: int) -> Callable[[], None]:
     """The trainer's forward and backward passes and updates, of a rank's micro-batches, on one batch; nothing else."""
     config, plan = trainer.config, trainer.plan
     model = copy.deepcopy(trainer.model)
-    forward = model
     if config.train.compile != "off":
-        forward = torch.compile(model, mode=config.train.compile, dynamic=False)  # type: ignore[assignment]
+        model.compile(mode=config.train.compile, dynamic=False)
     optimizer = build_optimizer(model, config.optim)
     images = torch.randn(plan.micro_batch_size, *trainer.train.image_shape, device=trainer.world.device)
     images = images.to(memory_format=trainer.train.memory_format)
@@ -155,7 +151,7 @@ def computation(trainer: Trainer, steps: int) -> Callable[[], None]:
             optimizer.zero_grad(set_to_none=True)
             for _ in range(plan.grad_accum_steps):
                 with trainer.autocast():
-                    logits = forward(images)
+                    logits = model(images)
                 F.cross_entropy(logits.float(), labels).backward()
             optimizer.step()
 
@@ -220,12 +216,8 @@ def measure(config: Config, world: World, rounds: int, steps: int | None) -> dic
     train_on(trainer, 2)
     warm_up_s = time.perf_counter() - began
     if steps is None:
-        started = time.perf_counter()
-        train_on(trainer, 3)
-        _finish(world.device)
-        took = torch.tensor((time.perf_counter() - started) / 3, dtype=torch.float64)
-        dist.all_reduce(took, dist.ReduceOp.MAX, group=world.side)
-        steps = max(3, math.ceil(SLICE_S / took.item()))
+        step_s = seconds_of(functools.partial(train_on, trainer, 3), world) / 3
+        steps = max(3, math.ceil(SLICE_S / step_s))
     steps = min(steps, trainer.plan.steps_per_epoch)
     phases = _Phases()
     trainer.config = _with(trainer.config, "train", {"log_every": 1 if steps < 20 else 20})
@@ -246,7 +238,7 @@ def measure(config: Config, world: World, rounds: int, steps: int | None) -> dic
         repeats = max(1, round(_repeats(product, world)))
         run = functools.partial(_repeat, product, repeats)
         contenders[f"matrix product {size}"] = (run, repeats * operations * world.world_size)
-    runs = {name: timed(run, amount, world.device) for name, (run, amount) in contenders.items()}
+    runs = {name: timed(run, amount, world) for name, (run, amount) in contenders.items()}
     rates = take_turns(runs, rounds)
     phases_of = phases.rows[-max(1, len(phases.rows) * rounds // (rounds + 1)) :]
     memory = max(number for (number,) in world.gather([peak_memory(world.device)]))
@@ -363,13 +355,7 @@ def _with(config: Config, section: str, values: Mapping[str, Any]) -> Config:
 def _repeats(product: Callable[[], None], world: World) -> float:
     """How often a product fits into half a slice, by the slowest rank."""
     product()
-    _finish(world.device)
-    started = time.perf_counter()
-    product()
-    _finish(world.device)
-    took = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
-    dist.all_reduce(took, dist.ReduceOp.MAX, group=world.side)
-    return SLICE_S / 2 / took.item()
+    return SLICE_S / 2 / seconds_of(product, world)
 
 
 def _repeat(run: Callable[[], None], times: int) -> None:
@@ -377,8 +363,8 @@ def _repeat(run: Callable[[], None], times: int) -> None:
         run()
 
 
-def _finish(device: torch.device | None) -> None:
-    if device is not None and device.type == "cuda":
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 

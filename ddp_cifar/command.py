@@ -30,6 +30,13 @@ class Arguments(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists the arguments")
 
 
+def check_counts(options: argparse.Namespace, *names: str) -> None:
+    """Raise `UserError` where one of these options is given and is not 1 or more."""
+    for name in names:
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} is out of range: expected 1 or more")
+
+
 def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run `main(argv)` and exit: its status, 2 after a `UserError`, 1 after any other exception.
 

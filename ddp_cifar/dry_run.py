@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ddp_cifar.checkpoint import Checkpoints, Loaded, check_same_run, find_checkpoint, load_init, load_weights
-from ddp_cifar.command import Arguments, megabytes, show
+from ddp_cifar.command import Arguments, check_counts, megabytes, show
 from ddp_cifar.config import Config, load_config
 from ddp_cifar.data import DataSet, outline_dataset
 from ddp_cifar.data.sampler import BatchPlan, check_batch_size, plan_batches
@@ -38,9 +38,7 @@ def dry_run(argv: Sequence[str]) -> int:
     parser.add_argument("--nproc-per-node", "--nproc_per_node", type=int, default=1, help="ranks of each (1)")
     parser.add_argument("arguments", metavar="CONFIG.yaml key=value", nargs="*", help="as train takes them")
     options = parser.parse_intermixed_args(argv)
-    for name in ("nodes", "nproc_per_node"):
-        if (count := getattr(options, name)) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {count} is out of range: expected 1 or more")
+    check_counts(options, "nodes", "nproc_per_node")
     if (found := place_from_environment()[1]) > 1:
         raise UserError(f"{FLAG} runs on one process, found {found}: start it with python, not with torchrun")
 

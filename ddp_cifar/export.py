@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddp_cifar.command import Arguments, run_command
+from ddp_cifar.command import Arguments, check_counts, run_command
 from ddp_cifar.config import Tables
 from ddp_cifar.data import DATASETS, build_dataset
 from ddp_cifar.data.augment import channel_scale_and_shift, normalize
@@ -66,8 +66,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--images", type=int, default=1000, help="of the test split, to compare on (1000)")
     options = parser.parse_intermixed_args(argv)
     output = options.output or Path(f"model.{options.format}")
-    if options.images < 1:
-        raise UserError(f"--images {options.images} is out of range: expected 1 or more")
+    check_counts(options, "images")
 
     arguments = ["device=cpu", "train.channels_last=false", *options.overrides]
     with open_trained(options.checkpoint, arguments, TABLES) as (world, loaded, config):

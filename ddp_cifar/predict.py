@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ddp_cifar.command import Arguments, run_command, show, writing
+from ddp_cifar.command import Arguments, check_counts, run_command, show, writing
 from ddp_cifar.config import Tables
 from ddp_cifar.data.augment import normalize
 from ddp_cifar.data.decode import SUFFIXES, ReadError, decode_all
@@ -42,8 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=500, help="images of one forward pass (500)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto)")
     options = parser.parse_intermixed_args(argv)
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size} is out of range: expected 1 or more")
+    check_counts(options, "batch_size")
 
     files = list(find_images(options.paths))
     with open_trained(options.checkpoint, [f"device={options.device}"], TABLES) as (world, loaded, config):

@@ -38,7 +38,6 @@ class Profile:
             return
         recorder, self._recorder = self._recorder, None
         recorder.stop()
-        self.last = 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             recorder.export_chrome_trace(str(self.path))

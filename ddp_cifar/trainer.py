@@ -461,10 +461,7 @@ class Trainer:
             # dropout by the micro-batch's place in the run, so that it is the same on whatever rank
             seed_dropout(self.world.device, self.config.seed, self.progress.step, micro_batch.index)
             self.buffers.begin_micro_batch()
-            if self.config.train.compile != "off":
-                torch.compiler.cudagraph_mark_step_begin()  # what the last one's graphs have returned is used up
-            with self.autocast():
-                logits = self.ddp(micro_batch.images)
+            logits = self._logits(micro_batch.images)
             smoothing = self.config.train.label_smoothing
             losses = F.cross_entropy(logits.float(), micro_batch.labels, reduction="none", label_smoothing=smoothing)
             self.buffers.end_micro_batch(weight=len(losses) / step_images)
@@ -478,6 +475,14 @@ class Trainer:
                 set_buffers()
             if self.tree:
                 self.tree.end_micro_batch(is_last=is_last)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images -> (B, classes), through DDP."""
+        if self.config.train.compile != "off":
+            torch.compiler.cudagraph_mark_step_begin()  # what the last pass's graphs have returned is used up
+        with self.autocast():
+            logits: Tensor = self.ddp(images)
+        return logits
 
     def autocast(self) -> torch.autocast:
         return autocast(self.precision, self.world.device)
@@ -702,11 +707,7 @@ class Trainer:
         images = torch.zeros(num_images, *self.train.image_shape, device=self.world.device)
         images = images.to(memory_format=self.train.memory_format)
         self.model.train()
-        if self.config.train.compile != "off":
-            torch.compiler.cudagraph_mark_step_begin()
-        with self.autocast():
-            logits = self.ddp(images)
-        logits.float().sum().backward()
+        self._logits(images).float().sum().backward()
         if self.tree:
             self.tree.end_micro_batch(is_last=True)
         self._zero_grad()

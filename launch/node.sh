@@ -15,7 +15,7 @@
 #   MODULE           what every rank runs; default ddp_cifar.train
 #   NODE_NAME        what the preflight calls this node; default: its host name
 #   LOG_DIR          an existing folder to keep torchrun's error files in; default: none are kept
-#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds that the ranks have to end after another has failed; default 60
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds that the ranks have to end after another has failed; default 60, 15 for the preflight
 #
 # Ctrl-C, SIGTERM and SIGUSR1 go to the ranks, which agree to stop, save, and end with status 0; Ctrl-C twice ends them at
 # once. SIGQUIT has torchrun end them. After a failure the last line is the error of the rank that failed first, and the exit
@@ -45,7 +45,9 @@ cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc_per_node ? cores / nproc_per_node : 1))}
 # without it restarted ranks read the addresses of the dead ones, and fail or hang
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}
+patience=60
+[ "${MODULE:-}" != ddp_cifar.preflight ] || patience=15 # it reports a rank that is stopped, and has nothing to save
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-$patience}
 
 log_dir=$(mktemp -d "${LOG_DIR:-${TMPDIR:-/tmp}}/launch-XXXXXX") # of this start alone
 flags=(--nnodes="${MIN_NODES:-$nnodes}:$nnodes" --nproc-per-node="$nproc_per_node" --max-restarts="${MAX_RESTARTS:-0}" --log-dir="$log_dir")

@@ -10,7 +10,6 @@
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 export MODULE=ddp_cifar.preflight MIN_NODES=1
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-15} # for a rank that is stopped
 start=local.sh
 [ -z "${HEAD:-}" ] || start=node.sh
 exec "$here/$start" --nodes "${NNODES:-1}" "$@"

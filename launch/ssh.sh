@@ -38,7 +38,7 @@ export NNODES=${#hosts[@]} RUN_ID="ssh-$$" HEAD=${HEAD:-$first:$((20000 + $$ % 1
 [ "$NNODES" = 1 ] || case ${HEAD%:*} in localhost | 127.*) refuse "HEAD=$HEAD is each host itself: set HEAD to the first host's name or address" ;; esac
 module=${MODULE:-ddp_cifar.train}
 if [ "$module" = ddp_cifar.preflight ]; then
-  export MIN_NODES=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-15}
+  export MIN_NODES=1
   set -- --nodes "$NNODES" --hosts "$(IFS=, && echo "${hosts[*]#*@}")" "$@"
 fi
 read -ra connect <<<"${SSH:-ssh}"

@@ -22,7 +22,7 @@ fi
 source "$here/job.sh"
 [ -n "${SLURM_JOB_ID:-}" ] || refuse "expected a job: sbatch [sbatch options] slurm/preflight.sh [CONFIG.yaml] [key=value ...]"
 take_place
-export MIN_NODES=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-15}
+export MIN_NODES=1
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
 kill_on_bad_exit=0 # a node that ends shall not end the others, which will name it
 run_module ddp_cifar.preflight --nodes "$NNODES" --hosts "$hosts" "$@"

@@ -86,9 +86,9 @@ go_on() {
   exit 1
 }
 
-# end [WHAT]: the run does not go on by itself, nor does a chain.
+# end [WHAT]: the run does not go on by itself, nor does a chain. With WHAT it is as it should be, and so is the job.
 end() {
-  [ $# = 0 ] || echo "job $job: $1"
+  [ $# = 0 ] || { status=0 && echo "job $job: $1"; }
   [ -z "${DDP_CIFAR_CHAIN:-}" ] || scancel --name="$SLURM_JOB_NAME" --state=PENDING || true
   exit "$status"
 }
@@ -129,15 +129,9 @@ case $ended,$status,$state in
     ;;
   ,3,* | ,*,failed*) end ;; # a checkpoint that could not be saved, an error of the run: the line above tells
   # these are written when all is on the disk; a process that is killed after that changes nothing
-  ,*,"stopped: the file STOP"* | ,*,"stopped: train.deadline"*)
-    status=0
-    end "the run was $state; sbatch with run_dir=$run_dir goes on"
-    ;;
+  ,*,"stopped: the file STOP"* | ,*,"stopped: train.deadline"*) end "the run was $state; sbatch with run_dir=$run_dir goes on" ;;
   ,*,stopped*) go_on "the run was $state" ;;
-  ,*,finished)
-    status=0
-    end "the run: $state"
-    ;;
+  ,*,finished) end "the run: $state" ;;
   ,*,"never started")
     # the first start: a mistake that the look could not see. Later: a lost node's lock, a node without the environment
     if [ -z "$asked" ]; then
