@@ -92,7 +92,7 @@ def test_a_healthy_cluster_passes_on_slurm(cluster: Cluster, tmp_path: Path) -> 
     assert set(verdicts) <= {"ok", "-"}, "not even a warning"
     assert len(result["links"]) == 3
     assert {row["bytes"] for row in result["all_reduce"]} == {2**10, 2**16, 2**20, 2**24}
-    assert re.search(r"rank host\s+host\s+device .*\n.*0 node\d +ok +ok", log)
+    assert re.search(r"rank host\s+arrival +host\s+device .*\n.*0 node\d +ok +ok", log)
     assert not list(copy.glob("runs")), "what was written to run_dir is gone"
     assert not list(copy.glob(".preflight-*"))
 
@@ -210,7 +210,7 @@ def test_a_rank_that_is_killed_or_stopped_in_the_middle_is_named(machines: Machi
         fault = f"export PYTHONPATH={shlex.quote(str(machines.copy / 'faults'))} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=5;"
         began = time.monotonic()
         said = machines.preflight("node1", "node2", arguments=("--patience=12",), node1=fault, node2=fault)
-        assert [rank["outcomes"][0]["check"] for rank in machines.result["ranks"]] == ["host", "collectives"], said
+        assert [rank["outcomes"][0]["check"] for rank in machines.result["ranks"]] == ["arrival", "collectives"], said
         assert re.search(
             r"error: the preflight failed: collectives, rank 1 \(node\d\): it fell silent in the check", said
         ), said
