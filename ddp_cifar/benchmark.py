@@ -12,8 +12,6 @@ import dataclasses
 import functools
 import json
 import math
-import platform
-import resource
 import socket
 import statistics
 import time
@@ -32,7 +30,9 @@ from ddp_cifar.command import Arguments, check_counts, megabytes, run_command, s
 from ddp_cifar.config import Config, load_config
 from ddp_cifar.data.dataset import DataSet, Split
 from ddp_cifar.distributed import World, open_world
+from ddp_cifar.environment import name_of
 from ddp_cifar.errors import UserError
+from ddp_cifar.metrics import peak_memory
 from ddp_cifar.optim import build_optimizer
 from ddp_cifar.tracking import NullTracker, Scalars
 from ddp_cifar.train import TABLES, build_trainer, set_up_kernels
@@ -183,14 +183,6 @@ def matrix_product(size: int, precision: str, device: torch.device) -> tuple[Cal
     return run, 2.0 * size**3
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes that this process had at most: of the device's memory on CUDA, else of the host's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 # -- the measurement
 
 
@@ -274,10 +266,9 @@ def summarize(
     products = [name for name in rates if name.startswith("matrix product")]
     best = max(products, key=lambda name: statistics.median(rates[name]))
     images_per_s = statistics.median(rates["training"])
-    is_cuda = world.device.type == "cuda"
     return {
         "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name(world.device) if is_cuda else f"cpu ({platform.machine()})",
+        "device": name_of(world.device),
         "hosts": list(hosts),
         "world_size": world.world_size,
         "backend": world.backend,

@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import platform
+import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -147,3 +149,11 @@ class PhaseTimer:
         self.events.clear()
         seconds, self.seconds = dict(self.seconds), defaultdict(float)
         return seconds
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process had at most: of the device's memory on CUDA, else of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

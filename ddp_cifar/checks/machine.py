@@ -4,24 +4,22 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import platform
 import resource
 import shutil
 import socket
 import struct
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-import ddp_cifar
 from ddp_cifar.checks.here import LOOKING_S, Here, LeftOut, Problem
 from ddp_cifar.command import megabytes
 from ddp_cifar.data import files_of, outline_dataset
 from ddp_cifar.data.sampler import plan_batches
 from ddp_cifar.distributed import open_world_alone, pick_device
 from ddp_cifar.dry_run import footprint_of
+from ddp_cifar.environment import output_of, versions
 from ddp_cifar.models import build_model
 
 FEW_FILES = 256
@@ -35,42 +33,15 @@ HASHED_BYTES = 512 * 2**20
 def look_around(here: Here) -> None:
     """The checks that a rank makes by itself."""
     here.facts |= {"versions": versions(), "hostname": socket.gethostname()}
+    if torch.cuda.is_available():
+        query = ("--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+        here.facts["versions"] |= {"driver": driver} if (driver := output_of("nvidia-smi", *query)) else {}
     here.check("host", check_host)
     here.check("device", check_device)
     here.check("cores", check_cores)
     here.check("limits", check_limits)
     here.check("data", check_data, patience_s=LOOKING_S)
     here.check("batch", check_batch)
-
-
-def versions() -> dict[str, str]:
-    """What must be the same on all ranks, as far as a machine has it."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__), "project": f"files {_project()}"}
-    if commit := _say("git", "-c", "safe.directory=*", "-C", str(Path(ddp_cifar.__file__).parent), "rev-parse", "HEAD"):
-        found["commit"] = commit[:12]
-    if torch.cuda.is_available():
-        found["CUDA"] = str(torch.version.cuda)
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-        if driver := _say("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"):
-            found["driver"] = driver
-    return found
-
-
-def _project() -> str:
-    """A hash of the package's files, which tells an edited checkout from the same commit's."""
-    folder = Path(ddp_cifar.__file__).parent
-    sha = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        sha.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
-    return sha.hexdigest()[:8]
-
-
-def _say(*command: str) -> str:
-    """What a program prints; nothing where it is not there, or fails."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        return done.stdout.strip() if done.returncode == 0 else ""
-    return ""
 
 
 def check_host(here: Here) -> str:
