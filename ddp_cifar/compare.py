@@ -1,8 +1,9 @@
 """Runs beside each other: `python -m ddp_cifar.compare RUN_DIR ...`.
 
-A row a run, from its metrics.jsonl: how far it came, its last and its best accuracy, its speed. Runs that differ in nothing but
-the seed also get a row together: mean and standard deviation. Of runs with the same config, or the same but for the number
-of ranks and where they are kept, it says the first step at which their weights part, by their fingerprints.
+A row a run, from its metrics.jsonl: what in its config the others do not have, how far it came, its last and its best accuracy,
+its speed. Runs that differ in nothing but the seed also get a row together: mean and standard deviation. Of runs with the same
+config, or the same but for the number of ranks and where they are kept, it says the first step at which their weights part, by
+their fingerprints.
 """
 
 import itertools
@@ -16,24 +17,9 @@ from typing import Any
 import yaml
 
 from ddp_cifar.command import Arguments, percent, run_command, show, writing
-from ddp_cifar.config import flatten
+from ddp_cifar.config import ELSEWHERE, as_typed, flatten, short_names
 from ddp_cifar.errors import UserError
 from ddp_cifar.run_dir import RunDir
-
-ELSEWHERE = (
-    "run_dir",
-    "resume",
-    "device",
-    "backend",
-    "data.root",
-    "data.cache",
-    "data.residency",
-    "comm.timeout_s",
-    "train.profile_steps",
-    "checkpoint.",
-    "tracking.",
-)
-"""Keys, and sections, that do not change what a run computes."""
 
 Row = dict[str, Any]
 
@@ -129,19 +115,37 @@ def _summary(run: Run) -> Row:
     }
 
 
+def _different(runs: Sequence[Run]) -> dict[str, str]:
+    """Keys of the config, but for the seed, in which runs differ, and a short name of each."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if key != "seed")
+    return short_names(key for key in keys if len({as_typed(run.config.get(key)) for run in runs}) > 1)
+
+
 def _table(runs: Sequence[Run]) -> str:
-    width = max(len("run_dir"), *(len(str(run.path)) for run in runs))
-    lines = [
-        f"{'run_dir':<{width}} {'status':<9} {'seed':>6} {'epoch':>6} {'step':>8} {'accuracy':>9} {'best':>9} {'images/s':>9}"
-    ]
+    different = _different(runs)
+    head = ["run_dir", "status", "seed", *different.values(), "epoch", "step", "accuracy", "best", "images/s"]
+    rows = [head]
     for run in runs:
         row = _summary(run)
-        speed = "-" if row["images_per_s"] is None else f"{row['images_per_s']:,.0f}"
-        lines.append(
-            f"{row['run_dir']:<{width}} {row['status'].split(':')[0]:<9} {row['seed']!s:>6} {row['epoch']:>6} {row['step']:>8} "
-            f"{percent(row['accuracy']):>9} {percent(row['best_accuracy']):>9} {speed:>9}"
+        rows.append(
+            [
+                row["run_dir"],
+                row["status"].split(":")[0],
+                str(row["seed"]),
+                *(as_typed(run.config.get(key)) for key in different),
+                str(row["epoch"]),
+                str(row["step"]),
+                percent(row["accuracy"]),
+                percent(row["best_accuracy"]),
+                "-" if row["images_per_s"] is None else f"{row['images_per_s']:,.0f}",
+            ]
         )
-    return "\n".join(lines)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    words = 2  # columns, which begin at one place; numbers end at one
+    return "\n".join(
+        "  ".join(f"{cell:{'<' if i < words else '>'}{widths[i]}}" for i, cell in enumerate(row)).rstrip()
+        for row in rows
+    )
 
 
 def _over_seeds(runs: Sequence[Run]) -> list[str]:
@@ -150,7 +154,7 @@ def _over_seeds(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         alike = {key: value for key, value in run.config.items() if key != "seed"}
         groups.setdefault(json.dumps(alike, sort_keys=True), []).append(run)
-    lines = []
+    lines, different = [], _different(runs)
     for group in groups.values():
         by_seed = {
             run.config.get("seed"): run for run in group if run.accuracy is not None and run.status == "finished"
@@ -159,8 +163,9 @@ def _over_seeds(runs: Sequence[Run]) -> list[str]:
             continue
         accuracies = [run.accuracy for run in by_seed.values() if run.accuracy is not None]
         mean, std = statistics.mean(accuracies), statistics.stdev(accuracies)
+        own = "".join(f"{short}={as_typed(group[0].config.get(key))}, " for key, short in different.items())
         lines.append(
-            f"over {len(by_seed)} seeds ({', '.join(str(seed) for seed in by_seed)}): accuracy {percent(mean)}, "
+            f"{own}over {len(by_seed)} seeds ({', '.join(str(seed) for seed in by_seed)}): accuracy {percent(mean)}, "
             f"standard deviation {percent(std)}"
         )
     return lines

@@ -16,7 +16,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -295,6 +295,20 @@ class TrackingConfig:
     (docs/extending.md). null: none."""
     args: dict[str, Any] = field(default_factory=dict)
     """Its arguments: tracking.args.KEY=VALUE."""
+    pictures_every: int | None = 10
+    """Epochs from one set of TensorBoard's pictures of test images, and of precision and recall, to the next; the last
+    evaluation has one too. null: no pictures at all."""
+    histograms_every: int | None = None
+    """Steps from one set of histograms of weights and gradients in TensorBoard to the next. null: none."""
+    graph: bool = False
+    """Show the network's graph in TensorBoard."""
+    projector: bool = False
+    """At the run's end, show what the network makes of 1,000 test images in TensorBoard's projector."""
+
+    def __post_init__(self) -> None:
+        for name in ("pictures_every", "histograms_every"):
+            every = getattr(self, name)
+            _require(every is None or every >= 1, f"tracking.{name}", every, "1 or more, or null")
 
 
 @dataclass(frozen=True)
@@ -345,6 +359,21 @@ class Config:
             )
 
 
+ELSEWHERE = (
+    "run_dir",
+    "resume",
+    "device",
+    "backend",
+    "data.root",
+    "data.cache",
+    "data.residency",
+    "comm.timeout_s",
+    "train.profile_steps",
+    "checkpoint.",
+    "tracking.",
+)
+"""Keys, and sections, that do not change what a run computes."""
+
 Tables = Mapping[str, Mapping[str, Callable[..., object]]]
 """Keys whose values are names from a table, such as `{"model.name": MODELS}`, or functions of the user's own."""
 
@@ -370,7 +399,7 @@ def load_config(argv: Sequence[str], tables: Tables, base: Mapping[str, Any] | N
         layers.append(("the checkpoint's ", {key: value for key, value in flatten(base).items() if key in known}))
     if files:
         layers.append(("", {"run_dir": f"runs/{Path(files[0]).stem}"}))
-        layers.append((f"{files[0]}: ", dict(_flatten(*_read_yaml(files[0]), files[0]))))
+        layers.append((f"{files[0]}: ", dict(_flatten(*read_yaml(files[0]), files[0]))))
     layers.append(("", dict(_read_argument(arg) for arg in arguments if "=" in arg)))
 
     merged: Any = OmegaConf.structured(Config)
@@ -424,6 +453,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """Each key's last part, such as `lr` for `optim.lr`, where that tells it from the others; else the key."""
+    last = {key: key.rpartition(".")[2] for key in keys}
+    return {key: short if list(last.values()).count(short) == 1 else key for key, short in last.items()}
+
+
 def _nest(key: str, value: object) -> dict[str, Any]:
     first, _, rest = key.partition(".")
     return {first: _nest(rest, value) if rest else value}
@@ -463,13 +498,14 @@ def help_text(tables: Tables) -> str:
     ]
     for key, annotation, default, doc in fields():
         kind = f"one of {', '.join(tables[key])}" if tables.get(key) else _type_name(annotation)
-        lines.append(f"  {key}={'null' if default is None else _as_typed(default)}  ({kind})")
+        lines.append(f"  {key}={as_typed(default)}  ({kind})")
         lines += textwrap.wrap(" ".join(doc.split()), 112, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 
 
-def _as_typed(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def as_typed(value: object) -> str:
+    """As one would type it on a command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _type_name(annotation: Any) -> str:
@@ -521,7 +557,7 @@ def _is_float(text: str) -> bool:
     return any(c in text for c in ".eE") or text.lower().lstrip("+-") in ("nan", "inf")
 
 
-def _read_yaml(path: str) -> tuple[Any, Any]:
+def read_yaml(path: str) -> tuple[Any, Any]:
     """A YAML file as nested dicts whose leaves are still text, to be read by the type of their key; and with them read."""
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -567,7 +603,7 @@ for _each in (_ValueLoader, _ValueDumper):
 
 
 def _flatten(texts: Any, values: Any, path: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and typed values of a file that `_read_yaml` has read. An empty file, or section, sets nothing."""
+    """Dotted keys and typed values of a file that `read_yaml` has read. An empty file, or section, sets nothing."""
     if texts in (None, ""):
         return
     if not isinstance(texts, dict):

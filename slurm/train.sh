@@ -18,7 +18,8 @@
 # The run is in run_dir=runs/JOB_NAME-JOB_ID, unless the arguments have another run_dir; it stays the same when the job is
 # requeued. Two minutes before the time limit, and when the job is preempted, the run is asked to stop and saves; the job is
 # requeued, and the run goes on. So it is after a crash and after the loss of a node, but not after a mistake or an error of the
-# run itself. In an array job %a in the arguments stands for the task's number, such as seed=%a.
+# run itself. In an array job %a in the arguments stands for the task's number, such as seed=%a, and @FILE for the arguments in
+# that line of a file, quoted as for a shell (slurm/sweep.sh).
 #
 # Settings, by environment variables:
 #   MAX_REQUEUES     times that the job may be requeued (20)
@@ -47,7 +48,16 @@ if [ -z "${SLURM_JOB_ID:-}" ] || is_by_hand "$@"; then
 fi
 take_place
 
-arguments=("${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
+arguments=()
+for argument in "$@"; do
+  if [[ $argument == @* ]]; then
+    [ -r "${argument#@}" ] || refuse "$argument: cannot read ${argument#@}, a file with the arguments of each task of an array in a line"
+    quoted=$(sed -n "${SLURM_ARRAY_TASK_ID:-1}p" "${argument#@}")
+    eval "arguments+=($quoted)"
+  else
+    arguments+=("${argument//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
+  fi
+done
 run_dir=runs/$SLURM_JOB_NAME-$job
 requeues=${SLURM_RESTART_COUNT:-0} max_requeues=${MAX_REQUEUES:-20}
 for argument in "${arguments[@]}"; do

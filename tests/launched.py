@@ -60,17 +60,21 @@ def rows_of(run_dir: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not TIME_KEYS.match(key)} for row in rows]
 
 
+def environment_of(**settings: str) -> dict[str, str]:
+    """This one's, with this Python's programs first, and some settings."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **settings}
+
+
 def start(run_dir: Path, ranks: int, *arguments: str, **environment: str) -> "subprocess.Popen[bytes]":
     """launch/local.sh with `ranks` processes."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     # a rank that is stopped, or blocked, is not waited for
     settings = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10", "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": str(ranks)}
     with open(run_dir / "terminal.txt", "ab") as terminal:
         return subprocess.Popen(
             [str(CHECKOUT / "launch" / "local.sh"), *ARGUMENTS, *arguments, f"run_dir={run_dir}"],
             cwd=CHECKOUT,
-            env={**os.environ, "PATH": path, **settings, **environment},
+            env=environment_of(**settings | environment),
             stdin=subprocess.DEVNULL,
             # tests in the background of a shell inherit it ignored, and so would every process from here on
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

@@ -8,6 +8,7 @@ import yaml
 from helpers import config_of
 
 from ddp_cifar.config import Config, fields, flatten, help_text, to_dict, to_yaml
+from ddp_cifar.sweep import expand
 from ddp_cifar.train import TABLES
 
 PUBLIC_KEYS = set(
@@ -27,6 +28,19 @@ def test_the_public_keys_keep_their_names() -> None:
 def test_no_argument_means_the_defaults_and_so_does_the_cifar10_recipe() -> None:
     assert config_of() == Config()
     assert config_of("configs/cifar10.yaml") == Config()
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_its_head_says_how_it_is_started_and_what_was_measured(path: Path) -> None:
+    config_of(str(path))
+    head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"ddp_cifar.train {path}" in head or path.stem == "demo"
+    assert "docs/results.md" in head or "ot yet run" in head
+
+
+def test_every_sweep_is_valid() -> None:
+    for path in Path("configs", "sweeps").glob("*.yaml"):
+        assert len(expand(path, [])) > 1
 
 
 def test_defaults_are_overridden_by_the_file_and_the_file_by_arguments(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ README = commands_of(
     two_nodes="NNODES=2 NPROC_PER_NODE=2",
     evaluate="evaluate",
     scaling="^launch/scaling.sh",
+    sweep="^launch/sweep.sh",  # in test_sweep.py
     preflight="^launch/preflight.sh",
     ssh="^launch/ssh.sh",
     preflight_by_ssh="preflight launch/ssh.sh",

@@ -29,6 +29,7 @@ README = commands_of(
     two_nodes="^sbatch --nodes=2 .* slurm/train.sh",
     by_hand="^slurm/train.sh",
     array="--array=1-3",
+    sweep="^slurm/sweep.sh",
     salloc="salloc",
     chain="^slurm/chain.sh",
     preflight="slurm/preflight.sh",
@@ -280,6 +281,38 @@ def test_of_an_array_only_the_stopped_task_is_requeued(cluster: Cluster, tmp_pat
         assert state["config"]["seed"] == task
         assert (copy / f"run {task}" / "status").read_text() == "finished\n"
     assert sorted(path.name for path in copy.glob("slurm-*")) == [f"slurm-{array}_{task}.out" for task in (1, 2, 3)]
+
+
+def test_a_sweep_that_was_cancelled_goes_on_with_what_is_left(cluster: Cluster, tmp_path: Path) -> None:
+    """In its second run, while the first is finished and two have not begun."""
+    copy = copy_checkout(tmp_path)
+    line = (*ARGUMENTS, *SHORT, "run_dir=a sweep")
+    names = [f"lr={lr},seed={seed}" for lr in ("5e-4", "1e-3") for seed in (0, 1)]
+    runs = [copy / "a sweep" / name for name in names]
+    (array,) = submit(cluster, copy, f"AT_ONCE=1 {README['sweep']}", *line)
+    cluster.wait_until(lambda: any(runs[1].glob("checkpoints/step_*.pt")), 120, array)
+    cluster.cancel(array)
+    cluster.wait_for(array, "COMPLETED", "CANCELLED", timeout=90)
+    assert (runs[0] / "status").read_text() == "finished\n"
+    assert not runs[2].exists()
+
+    said = cluster.run("bash", "-c", f"{README['sweep']} {shlex.join(line)}", cwd=copy, timeout=90).stdout
+    assert "3 of 4 runs" in said
+    (array,) = re.findall(r"^Submitted batch job (\d+)$", said, re.MULTILINE)
+    cluster.wait_for(array, "COMPLETED", timeout=200)
+    assert {(run / "status").read_text() for run in runs} == {"finished\n"}
+    starts = [(run / "starts.jsonl").read_text().splitlines() for run in runs]
+    assert [len(rows) for rows in starts] == [1, 2, 1, 1]
+    assert json.loads(starts[1][1])["step"] > 0
+    configs = [load_checkpoint(run / "checkpoints" / "latest.pt")["config"] for run in runs]
+    assert [(config["optim"]["lr"], config["seed"]) for config in configs] == [
+        (5e-4, 0),
+        (5e-4, 1),
+        (1e-3, 0),
+        (1e-3, 1),
+    ]
+    said = cluster.run("bash", "-c", f"{README['sweep']} {shlex.join(line)}", cwd=copy, timeout=90).stdout
+    assert said == "all 4 runs are finished\n"
 
 
 def test_requeues_have_a_bound(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

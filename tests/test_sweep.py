@@ -1,0 +1,138 @@
+"""Sweeps: a file of lists becomes runs, of which finished ones are skipped and the others go on."""
+
+import json
+import shlex
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from documented import command_of
+from launched import ARGUMENTS, CHECKOUT, environment_of, wait_until
+
+from ddp_cifar.errors import UserError
+from ddp_cifar.sweep import expand
+
+GRID = "config: configs/demo.yaml\ngrid:\n  optim.lr: [5e-4, 1e-3]\n  seed: [0, 1]\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "some.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_each_combination_is_a_run_with_values_as_they_were_typed(tmp_path: Path) -> None:
+    runs = expand(write(tmp_path, GRID), ["train.epochs=2"])
+    assert [run.name for run in runs] == ["lr=5e-4,seed=0", "lr=5e-4,seed=1", "lr=1e-3,seed=0", "lr=1e-3,seed=1"]
+    assert runs[1].arguments == [
+        *("configs/demo.yaml", "train.epochs=2", "optim.lr=5e-4", "seed=1"),
+        "run_dir=runs/sweeps/some/lr=5e-4,seed=1",
+    ]
+    assert {run.state for run in runs} == {"new"}
+    moved = expand(write(tmp_path, GRID), ["run_dir=over there"])
+    assert moved[0].arguments[-1] == "run_dir=over there/lr=5e-4,seed=0"
+
+
+def test_sections_may_be_nested_and_names_stay_apart(tmp_path: Path) -> None:
+    text = "grid:\n  model: {name: [cnn, resnet9], init: [random]}\n  optim: {name: [sgd]}\n"
+    assert [run.name for run in expand(write(tmp_path, text), [])] == [
+        "model.name=cnn,init=random,optim.name=sgd",
+        "model.name=resnet9,init=random,optim.name=sgd",
+    ]
+    paths = "grid: {data.root: [/a/b, c d]}\n"
+    assert [run.name for run in expand(write(tmp_path, paths), [])] == ["root=-a-b", "root=c-d"]
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("optim: {lr: [1]}\n", [], "is no sweep (optim): expected `grid`"),
+        ("", [], "is no sweep (its content)"),
+        ("config: configs/demo.yaml\n", [], "is no sweep (no grid)"),
+        ("grid: {seed: 1}\n", [], "grid: seed in {path} is no list of values: expected seed: [value, ...]"),
+        ("grid: {seed: []}\n", [], "grid: seed in {path} is no list of values"),
+        ("grid: {seed: [[1, 2]]}\n", [], "grid: seed in {path} is no list of values"),
+        ("grid: {seed: [1, 1]}\n", [], "has seed=1 twice"),
+        ("grid: {run_dir: [a, b]}\n", [], "grid: run_dir in {path}: a sweep's runs have their own"),
+        ("grid: {optim.lrr: [1]}\n", [], "optim.lrr is not a key of the config; did you mean optim.lr?"),
+        ("grid: {optim.lr: [1e-3, -1]}\n", [], "optim.lr=-1.0 is out of range"),
+        ("config: [a, b]\ngrid: {seed: [1]}\n", [], "config in {path} is no name of a file"),
+        ("config: gone.yaml\ngrid: {seed: [1]}\n", [], "cannot read the config file gone.yaml"),
+        ("grid: {seed: [1]}\n", ["seed=2"], "seed=2: {path} has values of seed in its grid"),
+        ("grid: {seed: [1]}\n", ["configs/demo.yaml"], "cannot read the argument 'configs/demo.yaml'"),
+    ],
+)
+def test_a_mistake_in_a_sweep(text: str, overrides: list[str], expected: str, tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as refused:
+        expand(path, overrides)
+    assert expected.format(path=path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_finished_run_that_is_to_be_longer_is_not_finished(tmp_path: Path) -> None:
+    path, there = write(tmp_path, "grid: {seed: [0, 1, 2]}\n"), f"run_dir={tmp_path}"
+    for seed, status in ((0, "finished"), (1, "stopped: SIGTERM (rank 0)")):
+        (tmp_path / f"seed={seed}").mkdir()
+        (tmp_path / f"seed={seed}" / "status").write_text(f"{status}\n")
+        (tmp_path / f"seed={seed}" / "config.yaml").write_text("train: {epochs: 3, max_steps: null}\n")
+    assert [run.state for run in expand(path, [there, "train.epochs=3"])] == ["finished", "stopped", "new"]
+    assert [run.state for run in expand(path, [there, "train.epochs=4"])] == ["stopped", "stopped", "new"]
+
+
+@pytest.mark.slow
+def test_a_sweep_of_four_on_two_ranks_interrupted_and_continued(tmp_path: Path, shell: Callable[..., Any]) -> None:
+    """By Ctrl-C in its second run, which goes on from its checkpoint; the first is not started again."""
+    folder = tmp_path / "a sweep"
+    arguments = [*ARGUMENTS, "train.epochs=3", f"run_dir={folder}"]
+    line = [*command_of("launch/README.md", "^launch/sweep.sh").split(), *arguments]
+    sweep = CHECKOUT / "configs" / "sweeps" / "lr.yaml"
+    ranks = {"NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+    interrupted = subprocess.Popen(
+        line,
+        cwd=CHECKOUT,
+        env=environment_of(**ranks),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    second = folder / "lr=5e-4,seed=1"
+    under_way = wait_until(lambda: any(second.glob("checkpoints/step_*.pt")) or interrupted.poll() is not None, 120)
+    assert under_way
+    interrupted.send_signal(signal.SIGINT)
+    said, _ = interrupted.communicate(timeout=60)
+    assert interrupted.returncode == 0, said
+    assert said.splitlines()[-1] == "== sweep: stopped in run 2 of 4; the same command goes on", said
+    assert [run.state for run in expand(sweep, arguments)] == ["finished", "stopped", "new", "new"]
+
+    done = shell("bash", "-c", shlex.join(line), timeout=200, **ranks)
+    assert done.status == 0, done.out + done.err
+    assert f"== sweep 1 of 4: {folder}/lr=5e-4,seed=0 is finished" in done.out
+    assert f"== sweep 2 of 4: {second} (stopped)" in done.out
+    names = [run.name for run in expand(sweep, arguments)]
+    starts = [(folder / name / "starts.jsonl").read_text().splitlines() for name in names]
+    assert [len(rows) for rows in starts] == [1, 2, 1, 1]
+    assert json.loads(starts[1][1])["step"] > 0
+    assert {(folder / name / "status").read_text() for name in names} == {"finished\n"}
+    table = done.out[done.out.rindex("run_dir  ") :].splitlines()
+    assert table[0].split() == ["run_dir", "status", "seed", "lr", "epoch", "step", "accuracy", "best", "images/s"]
+    assert [row.split()[-6] for row in table[1:5]] == ["0.0005", "0.0005", "0.001", "0.001"]
+    assert table[5].startswith("lr=0.0005, over 2 seeds (0, 1): accuracy ")
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_leaves_the_others_theirs(tmp_path: Path, shell: Callable[..., Any]) -> None:
+    sweep = write(tmp_path, "grid: {train.global_batch_size: [32, 24]}\n")
+    arguments = [*ARGUMENTS, "train.epochs=1", "train.micro_batch_size=8", f"run_dir={tmp_path / 'runs'}"]
+    arguments.remove("train.global_batch_size=32")
+    line = shlex.join(["launch/sweep.sh", str(sweep), *arguments])
+    done = shell("bash", "-c", line, NPROC_PER_NODE="2", OMP_NUM_THREADS="1")
+    assert done.status == 2
+    assert "train.global_batch_size=24 makes 3 micro-batches of 8 images, which do not split over 2 ranks" in done.err
+    assert done.out.count("finished: epoch 1") == 1
+    assert "global_batch_size=32  finished" in done.out.splitlines()[-1]
