@@ -11,6 +11,7 @@ from typing import Any
 
 from ddp_cifar.command import Arguments, percent, run_command, show, writing
 from ddp_cifar.config import Tables
+from ddp_cifar.dashboard import confusion_figure
 from ddp_cifar.data import DATASETS, build_dataset
 from ddp_cifar.data.dataset import place_of
 from ddp_cifar.data.loader import EvalLoader
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
                     options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             if options.png:
                 with writing(options.png):
-                    draw_confusion(quality, dataset.classes, options.png)
+                    confusion_figure(quality, dataset.classes).savefig(options.png, format="png")
 
         world.on_main(tell)
     return 0
@@ -101,31 +102,6 @@ def _table(result: dict[str, Any]) -> str:
             f"{row['name']:<{width}} {row['images']:>7} {percent(row['precision']):>9} {percent(row['recall']):>7}  {note}"
         )
     return "\n".join(lines)
-
-
-def draw_confusion(quality: Quality, classes: tuple[str, ...], path: Path) -> None:
-    """Draw the confusion matrix, each row as shares of its true class."""
-    from matplotlib.figure import Figure  # here, as it takes a while; and without pyplot, which wants a display
-
-    shares = quality.confusion / quality.confusion.sum(1, keepdim=True).clamp(min=1)
-    size = max(4.0, 1.5 + 0.5 * len(classes))
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
-    axes = figure.add_subplot()
-    picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(picture, label="share of the true class")
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    if len(classes) <= 20:
-        for i, row in enumerate(quality.confusion.tolist()):
-            for j, count in enumerate(row):
-                if count:
-                    dark = bool(shares[i, j] > 0.5)
-                    axes.text(
-                        j, i, str(count), ha="center", va="center", fontsize=8, color="white" if dark else "black"
-                    )
-    figure.savefig(path, dpi=120, format="png")
 
 
 if __name__ == "__main__":

@@ -110,6 +110,22 @@ def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: Liter
     return (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps))) / 2
 
 
+def effective_lr(optimizer: Optimizer) -> float | None:
+    """Adam's rate with the correction of its averages' bias, `lr * sqrt(1 - beta2^t) / (1 - beta1^t)` (Kingma and Ba, Adam,
+    2015, section 2), after t of its own steps, which the clamp holds; None before the first, and for other optimizers.
+
+    Waits for the device.
+    """
+    group = optimizer.param_groups[0]
+    state = optimizer.state.get(group["params"][0], {})
+    if not isinstance(optimizer, Adam) or "step" not in state:
+        return None
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    lr, step = float(group["lr"]), float(state["step"])
+    correction: float = math.sqrt(1 - beta2**step) / (1 - beta1**step)
+    return lr * correction
+
+
 class AdamStepClamp:
     """Holds Adam's own step count below `limit`: once it is there, it goes back to `reset_to`, while `active`.
 

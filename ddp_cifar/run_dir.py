@@ -50,6 +50,8 @@ class Start:
     """Seconds for which the processes of earlier starts lived, as far as rank 0's last sign of life ..."""
     productive_s: float = 0.0
     """... and of these the ones that advanced the run: of steps and evaluations that are kept, not of waiting for saves."""
+    found: str = ""
+    """The status that the start before it has left: `running` where that has crashed."""
 
 
 class RunDir:
@@ -119,25 +121,24 @@ class RunDir:
         `last_seen`: when the start before it last gave a sign of life, and at which step, if it did.
         """
         start = Start(began, step, world_size)
-        before = self._last_start()
-        if before:
+        if before := next(reversed(self.read_starts()), None):
             end, reached = last_seen or (before.time, before.step)
             lost = before.steps_lost + max(0, reached - step)
             occupied_s = before.occupied_s + max(0.0, end - before.time)
-            start = Start(began, step, world_size, before.restarts + 1, lost, occupied_s, productive_s)
+            restarts, found = before.restarts + 1, self.read_status()
+            start = Start(began, step, world_size, restarts, lost, occupied_s, productive_s, found)
         with open(self.starts, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(start)) + "\n")
         return start
 
-    def _last_start(self) -> Start | None:
-        try:
-            lines = self.starts.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return None
-        for line in reversed(lines):
-            with contextlib.suppress(ValueError, TypeError):  # a crash may have left half a line
-                return Start(**json.loads(line))
-        return None
+    def read_starts(self) -> list[Start]:
+        """All starts of the run, the first one first."""
+        starts = []
+        with contextlib.suppress(FileNotFoundError):
+            for line in self.starts.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, TypeError):  # a crash may have left half a line
+                    starts.append(Start(**json.loads(line)))
+        return starts
 
     def write_config(self, text: str) -> None:
         """Keep the resolved config."""

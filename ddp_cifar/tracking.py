@@ -8,12 +8,15 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ddp_cifar.config import Config, to_dict
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
 from ddp_cifar.named import call, find
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 Scalars = Mapping[str, float | str]
 """Numbers by tag, such as `train/loss`; and words, such as a checksum, which metrics.jsonl has and TensorBoard has not."""
@@ -24,7 +27,8 @@ class Tracker(Protocol):
 
     def log(self, scalars: Scalars, step: int) -> None: ...
 
-    def log_text(self, tag: str, text: str, step: int) -> None: ...
+    def show(self, add: "Callable[[SummaryWriter], None]") -> None:
+        """Have `add(writer)` put into TensorBoard what is no scalar. Where nothing is kept, it is not called."""
 
     def sync(self) -> None:
         """Have all of it on the disk; may be called from any thread."""
@@ -41,7 +45,7 @@ class NullTracker:
     def log(self, scalars: Scalars, step: int) -> None:
         pass
 
-    def log_text(self, tag: str, text: str, step: int) -> None:
+    def show(self, add: "Callable[[SummaryWriter], None]") -> None:
         pass
 
     def sync(self) -> None:
@@ -102,9 +106,14 @@ class TensorBoardTracker:
                 if not isinstance(value, str):
                     self.writer.add_scalar(tag, value, step)
 
-    def log_text(self, tag: str, text: str, step: int) -> None:
-        with self._anew_if_broken():
-            self.writer.add_text(tag, text, step)
+    def show(self, add: "Callable[[SummaryWriter], None]") -> None:
+        try:
+            with self._anew_if_broken():
+                add(self.writer)
+        except OSError:
+            raise
+        except Exception as error:  # a font, a model that cannot be traced: no reason to end a run
+            log.warning(f"TensorBoard lacks a part ({type(error).__name__}: {_first_line(error)}); training goes on")
 
     def sync(self) -> None:
         self.writer.flush()
@@ -136,8 +145,8 @@ class _All:
     def log(self, scalars: Scalars, step: int) -> None:
         self._each(lambda tracker: tracker.log(scalars, step))
 
-    def log_text(self, tag: str, text: str, step: int) -> None:
-        self._each(lambda tracker: tracker.log_text(tag, text, step))
+    def show(self, add: "Callable[[SummaryWriter], None]") -> None:
+        self._each(lambda tracker: tracker.show(add))
 
     def sync(self) -> None:
         self._each(lambda tracker: tracker.sync())
@@ -245,3 +254,7 @@ def _cut(path: Path, step: int, epoch: int) -> list[dict[str, Any]]:
 
 def _is_no_json(value: float | str) -> bool:
     return not isinstance(value, str) and not math.isfinite(value)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]

@@ -5,14 +5,17 @@ With `--dry-run [--nodes N] [--nproc-per-node N]` it only looks at the run that 
 
 import contextlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ddp_cifar import dashboard
 from ddp_cifar.checkpoint import (
     Checkpoints,
     NullCheckpoints,
@@ -28,6 +31,7 @@ from ddp_cifar.data.dataset import DataSet, place_of
 from ddp_cifar.data.loader import EvalLoader, TrainLoader
 from ddp_cifar.data.sampler import StepSampler, check_batch_size, plan_batches, reproducible_world_sizes
 from ddp_cifar.distributed import World, is_lost_peer, open_world, place_from_environment
+from ddp_cifar.environment import name_of, versions
 from ddp_cifar.errors import UserError
 from ddp_cifar.heartbeat import Heartbeat, read_sign
 from ddp_cifar.log import log, log_to_file
@@ -40,6 +44,9 @@ from ddp_cifar.seeding import derive_seed
 from ddp_cifar.stopping import Requests
 from ddp_cifar.tracking import NullTracker, Tracker, build_own_tracker, build_tracker, last_value
 from ddp_cifar.trainer import Progress, Trainer
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 TABLES: Tables = {"data.name": DATASETS, "model.name": MODELS, "optim.name": OPTIMIZERS, "tracking.name": {}}
 
@@ -88,19 +95,22 @@ def main(argv: Sequence[str]) -> int:
         if resumed:
             trainer.load_state_dict(resumed.state, source=str(resumed.path))
             log.info(f"going on from {resumed.path}: {progress}")
-        start, tracker = (
-            start_records(run_dir, config, world, began, progress) if world.is_main else (None, NullTracker())
-        )
+        places = world.gather_objects((socket.gethostname(), name_of(world.device)))
+        start, tracker = start_records(run_dir, trainer, began, places) if world.is_main else (None, NullTracker())
         heartbeat = Heartbeat(run_dir.heartbeats, run_dir.logs, world, config.train.hang_timeout_s)
         requests.catch_signals()
         with heartbeat, contextlib.closing(tracker), run_dir.recording_failure(is_lost_peer):
             steps = config.train.profile_steps
             profile = Profile(run_dir.profile, steps, world) if steps else None
             reason = trainer.fit(tracker, requests, heartbeat, start, profile)
+            ended = f"stopped: {reason}" if reason else "finished"
+            tracker.show(
+                lambda board: dashboard.add_history(board, run_dir.read_starts(), ended, trainer.progress.step)
+            )
 
         def end() -> int:
             """Say how the run ended, once all of it is on the disk; returns the exit status."""
-            run_dir.write_status(f"stopped: {reason}" if reason else "finished")
+            run_dir.write_status(ended)
             requests.stopped()
             return EXIT_SAVE_FAILED if checkpoints.failed_saves else 0
 
@@ -130,9 +140,11 @@ def find_deadline(train: TrainConfig, began: float) -> tuple[float, str] | None:
 
 
 def start_records(
-    run_dir: RunDir, config: Config, world: World, began: float, progress: Progress
+    run_dir: RunDir, trainer: Trainer, began: float, places: Sequence[tuple[str, str]]
 ) -> tuple[Start, Tracker]:
-    """Note the start, write config and status, and open the trackers. Raises `UserError` if run_dir cannot be written."""
+    """Note the start, write config and status, open the trackers, and begin TensorBoard's page; `places` are each rank's
+    host and device. Raises `UserError` if run_dir cannot be written."""
+    config, progress = trainer.config, trainer.progress
     sign = read_sign(run_dir.heartbeats, rank=0)
     try:
         run_dir.write_config(to_yaml(config))
@@ -141,13 +153,25 @@ def start_records(
         )
         last_seen = (sign.time, sign.step) if sign else None
         productive_s = last_value(run_dir.metrics, "run/productive_s")
-        start = run_dir.note_start(began, progress.step, world.world_size, last_seen, productive_s)
+        start = run_dir.note_start(began, progress.step, len(places), last_seen, productive_s)
     except OSError as error:
         raise UserError(f"cannot write to run_dir={run_dir.path} ({error.strerror}): choose another run_dir") from error
     run_dir.write_status("running")
     if start.restarts:
         log.info(f"start {start.restarts + 1} of this run; {start.steps_lost} steps were lost so far")
-    tracker.log_text("config", f"```yaml\n{to_yaml(config)}```", progress.step)
+
+    def begin(board: "SummaryWriter") -> None:
+        dashboard.add_layout(board)
+        dashboard.add_config(board, config, progress.step)
+        dashboard.add_environment(board, versions(), places, progress.step)
+        dashboard.add_history(board, run_dir.read_starts(), "running", progress.step)
+        dashboard.add_hparams(board, config, "test" if trainer.test else "val")
+        if progress.step == 0 and config.tracking.pictures_every:
+            dashboard.add_training_images(board, trainer.train, trainer.classes)
+        if progress.step == 0 and config.tracking.graph:
+            dashboard.add_graph(board, trainer.model, trainer.train.image_shape)
+
+    tracker.show(begin)
     return start, tracker
 
 

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from ddp_cifar import dashboard
 from ddp_cifar.buffers import BufferMean
 from ddp_cifar.checkpoint import Checkpoints, State, load_weights
 from ddp_cifar.config import Config, TrainConfig, to_dict
@@ -30,13 +31,14 @@ from ddp_cifar.data.augment import transform
 from ddp_cifar.data.loader import EvalLoader, MicroBatch, StepBatch, TrainLoader
 from ddp_cifar.data.sampler import is_power_of_two
 from ddp_cifar.distributed import World
+from ddp_cifar.environment import name_of
 from ddp_cifar.errors import RunError, UserError
 from ddp_cifar.fingerprint import fingerprint
 from ddp_cifar.heartbeat import Heartbeat, NullHeartbeat
 from ddp_cifar.inference import count_batches, forward_pass
 from ddp_cifar.log import log
-from ddp_cifar.metrics import Counter, PhaseTimer, Span, Totals, ledger_numbers
-from ddp_cifar.optim import Schedule, load_optimizer_state
+from ddp_cifar.metrics import Counter, PhaseTimer, Span, Totals, ledger_numbers, peak_memory
+from ddp_cifar.optim import Schedule, effective_lr, load_optimizer_state
 from ddp_cifar.precision import autocast
 from ddp_cifar.profile import Profile
 from ddp_cifar.run_dir import Start
@@ -44,6 +46,9 @@ from ddp_cifar.seeding import seed_dropout
 from ddp_cifar.stopping import REASONS, Agreement, Requests
 from ddp_cifar.tracking import NullTracker, Scalars, Tracker
 from ddp_cifar.tree_sum import TreeReduction
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 STRAGGLER_FLOOR_US = 1000
 """A rank that is slower by less than this, in microseconds a step, is no straggler."""
@@ -181,10 +186,8 @@ class Trainer:
 
         conditions = {"precision": precision, "micro-batches a step": str(self.plan.num_micro_batches)}
         conditions["torch"] = str(torch.__version__)
-        on_cuda = world.device.type == "cuda"
-        conditions["device"] = torch.cuda.get_device_name(world.device) if on_cuda else world.device.type
+        conditions["device"] = name_of(world.device)
         if world.device.type == "cpu":
-            conditions["device"] = f"cpu with {torch.backends.cpu.get_cpu_capability()}"
             conditions["threads a rank"] = str(torch.get_num_threads())
         self.progress = Progress(data=data, conditions=conditions)
         self.last_step = self.schedule.total_steps
@@ -207,6 +210,7 @@ class Trainer:
         self.agreement = Agreement(world, config.train.agree_every)
         self.report = Report(0, 0, 0, 0, 0, 0)
         self.save_due = False
+        self.own_us: list[int] = []  # of each rank, as they last told
         self.slow_since: dict[int, int] = {}
         self.reported: set[int] = set()
         self.last_norm = 0.0
@@ -267,6 +271,7 @@ class Trainer:
         if not reports:
             return
         everyone = [Report(*numbers) for numbers in reports]
+        self.own_us = [report.own_us for report in everyone if report.window]
         self._compare_replicas(everyone)
         self._look_for_stragglers(everyone)
         self.save_due |= any(report.save for report in everyone)
@@ -328,7 +333,7 @@ class Trainer:
     def train_epoch(self) -> None:
         """Train to the epoch's end, or to the run's last step where that comes first."""
         progress, log_every, save_every = self.progress, self.config.train.log_every, self.config.checkpoint.every_steps
-        fingerprint_every = self.config.train.fingerprint_every
+        fingerprint_every, histograms_every = self.config.train.fingerprint_every, self.config.tracking.histograms_every
         steps = min(self.plan.steps_per_epoch, progress.step_in_epoch + self.last_step - progress.step)
         progress.evaluating = False
         self.model.train()
@@ -353,6 +358,8 @@ class Trainer:
                     self.log_window()
                 if fingerprint_every is not None and progress.step % fingerprint_every == 0:
                     self.log_fingerprint()
+                if histograms_every is not None and progress.step % histograms_every == 0:
+                    self.tracker.show(lambda board: dashboard.add_histograms(board, self.model, progress.step))
                 progress.evaluating = progress.step_in_epoch == steps
                 self.save_due |= save_every is not None and progress.step % save_every == 0
                 self.poll()
@@ -380,6 +387,7 @@ class Trainer:
             scalars["train/epoch_images_per_s"] = self.epoch.images / self.epoch_seconds
         scalars["time/epoch_s"] = self.epoch_seconds
         is_best = False
+        logits: Tensor | None = None
         if is_last or number % config.eval.every == 0:
             started = time.perf_counter()
             results = {"train/accuracy": totals.accuracy}
@@ -387,7 +395,10 @@ class Trainer:
                 results["train/accuracy"] = self.evaluate(self.train, augmented=True).accuracy
             for name, loader in (("val", self.val), ("test", self.test)):
                 if loader is not None:
-                    found = self.evaluate(loader)
+                    shown = self._logits_to_show(name, is_last)
+                    found = self.evaluate(loader, logits=shown)
+                    if shown is not None:
+                        logits = self.world.sum(shown)
                     results |= {f"{name}/loss": found.mean_loss, f"{name}/accuracy": found.accuracy}
             scalars |= results | {"time/evaluation_s": time.perf_counter() - started}
             # all at once: a stop in the middle of an evaluation leaves what was before it
@@ -398,6 +409,8 @@ class Trainer:
                 progress.best_val_accuracy, progress.best_step = val_accuracy, progress.step
         self.tracker.log(scalars | self._survival(), progress.step)
         log.info(_epoch_line(scalars, "" if ended else f" (to step {progress.step})"))
+        if logits is not None:
+            self._show(logits, is_last)
 
         progress.evaluating = False
         if ended:
@@ -504,13 +517,20 @@ class Trainer:
             "train/batch_accuracy": totals.accuracy,
             "train/lr": self.lr,
             "train/grad_norm": self.last_norm,
+            "train/weight_norm": nn.utils.get_total_norm([p.detach() for p in self.model.parameters()]).item(),
             "train/images_per_s": self.window.images / seconds,
+            "train/rank_images_per_s": self.window.images / seconds / self.world.world_size,
             "time/step_s": seconds / steps,
             "time/data_s": phases["data"],
             "time/forward_s": phases["forward"],
             "time/backward_s": phases["backward"],
             "time/optimizer_s": phases["optimizer"],
+            "run/peak_memory_mb": peak_memory(self.world.device) / 1e6,
         }
+        if (rate := effective_lr(self.optimizer)) is not None:
+            scalars["train/effective_lr"] = rate
+        if self.own_us:
+            scalars |= {"time/slowest_rank_s": max(self.own_us) / 1e6, "time/fastest_rank_s": min(self.own_us) / 1e6}
         self.tracker.log(scalars | self._survival(), progress.step)
         self.window = Span()
 
@@ -529,11 +549,12 @@ class Trainer:
     # -- an evaluation
 
     @torch.inference_mode()
-    def evaluate(self, loader: EvalLoader, *, augmented: bool = False) -> Totals:
+    def evaluate(self, loader: EvalLoader, *, augmented: bool = False, logits: Tensor | None = None) -> Totals:
         """Loss and accuracy over all images of a split, each counted once, whatever the number of ranks.
 
         Of the averaged weights, where `train.ema_decay` keeps some.
         `augmented`, for the training split: over crops and mirrors of their own, drawn for the current epoch.
+        `logits`, (N, classes) zeros on the device, gets those of the images that this rank evaluates.
         """
         augmentations = None
         if augmented:
@@ -542,12 +563,42 @@ class Trainer:
         self.evaluated.eval()
         forward = forward_pass(self.evaluated, self.precision, self.world.device)
         counter = Counter(self.world.device)
-        for _ in count_batches(forward, loader, counter, self.world, self.config.eval.batch_size, augmentations):
+        for found in count_batches(forward, loader, counter, self.world, self.config.eval.batch_size, augmentations):
+            if logits is not None and found:
+                indices, own = found
+                logits[indices.to(logits.device)] = own
             self.poll()
         totals = counter.reduce(self.world)
         if totals.images != len(loader):
             raise RunError(f"the evaluation counted {totals.images} images of {len(loader)}")
         return totals
+
+    @property
+    def _shown(self) -> tuple[str, EvalLoader] | None:
+        """The split of TensorBoard's pictures."""
+        splits = {"test": self.test, "val": self.val}
+        return next(((name, loader) for name, loader in splits.items() if loader and self.classes), None)
+
+    def _logits_to_show(self, name: str, is_last: bool) -> Tensor | None:
+        """Zeros for the logits of the split `name`, where this evaluation has pictures of it."""
+        every = self.config.tracking.pictures_every
+        is_due = every is not None and (is_last or (self.progress.epoch + 1) % every == 0)
+        if not (is_due and self._shown and self._shown[0] == name):
+            return None
+        return torch.zeros(len(self._shown[1]), len(self.classes), device=self.world.device)
+
+    def _show(self, logits: Tensor, is_last: bool) -> None:
+        """Have TensorBoard show what the network makes of the split that `logits` are of."""
+        assert self._shown
+        name, loader = self._shown
+        split, step = loader.split, self.progress.step
+
+        def add(board: "SummaryWriter") -> None:
+            dashboard.add_test_pictures(board, name, split, logits, self.classes, step)
+            if is_last and self.config.tracking.projector:
+                dashboard.add_projector(board, split, self.evaluated, self.classes, self.config.eval.batch_size, step)
+
+        self.tracker.show(add)
 
     # -- what ranks tell each other
 

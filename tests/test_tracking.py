@@ -16,7 +16,7 @@ from ddp_cifar.tracking import JsonLinesTracker, build_tracker, last_value
 def test_rows_and_events_hold_the_same(tmp_path: Path) -> None:
     tracker = build_tracker(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", step=0)
     tracker.log({"train/loss": 1.5, "train/lr": 0.25}, step=10)
-    tracker.log_text("config", "seed: 0", step=0)
+    tracker.show(lambda board: board.add_text("config", "seed: 0", 0))
     tracker.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 10, "train/loss": 1.5, "train/lr": 0.25}
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

@@ -1,0 +1,296 @@
+"""What TensorBoard shows of a run: every documented tag, its pages, and one curve through kills."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import config_of
+from launched import CHECKOUT, Run, processes, send
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from ddp_cifar import dashboard
+from ddp_cifar.data.dataset import Split
+from ddp_cifar.run_dir import Start
+
+ALL = (
+    "tracking.pictures_every=1",
+    "tracking.histograms_every=4",
+    "tracking.graph=true",
+    "tracking.projector=true",
+)
+KINDS = ("scalars", "images", "tensors", "histograms")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run on 2 ranks with all that TensorBoard can show."""
+    run = Run(tmp_path_factory.mktemp("dashboard") / "run")
+    run.finish(*ALL)
+    return run
+
+
+@contextmanager
+def tensorboard(logdir: Path, *options: str) -> Iterator[str]:
+    """Serve `logdir` as a user does; the address."""
+    server = subprocess.Popen(
+        [
+            str(Path(sys.executable).parent / "tensorboard"),
+            f"--logdir={logdir}",
+            "--port=0",
+            "--host=127.0.0.1",
+            *options,
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stderr
+        said = ""
+        for line in server.stderr:
+            said += line
+            if found := re.search(r"TensorBoard \S+ at (http://\S+)", line):
+                yield found[1].rstrip("/")
+                return
+        raise AssertionError(said)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def ask(address: str, data: dict[str, Any] | None = None, **query: str) -> Any:
+    """What the server answers, read from JSON."""
+    url = f"{address}?{urllib.parse.urlencode(query)}" if query else address
+    body = json.dumps(data).encode() if data is not None else None
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+def tags_of(run: Run) -> dict[str, list[str]]:
+    """By kind, as docs/dashboard.md calls them."""
+    events = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    found = {kind: list(events.Tags()[kind]) for kind in KINDS}
+    found["tensors"] = [
+        tag.removesuffix("/text_summary") for tag in found["tensors"] if not tag.startswith("custom_sc")
+    ]
+    assert events.Graph().node
+    return found
+
+
+def documented() -> list[str]:
+    """The tags in the first column of the tables of docs/dashboard.md; what is in capitals stands for any name."""
+    text = (CHECKOUT / "docs" / "dashboard.md").read_text()
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return [tag for cell in cells for tag in re.findall(r"`([^`]+)`", cell)]
+
+
+@pytest.mark.slow
+def test_every_documented_tag_is_there_and_none_besides_and_rank_0_alone_wrote_them(finished: Run) -> None:
+    found = [tag for tags in tags_of(finished).values() for tag in tags]
+    patterns = {tag: re.compile(re.sub(r"[A-Z]{3,}", ".+", re.escape(tag))) for tag in documented()}
+    assert len(patterns) >= 40
+    missing = [tag for tag, pattern in patterns.items() if not any(pattern.fullmatch(each) for each in found)]
+    assert not missing
+    undocumented = [tag for tag in found if not any(pattern.fullmatch(tag) for pattern in patterns.values())]
+    assert not undocumented
+    (events,) = (finished.path / "tensorboard").rglob("events.out.*")
+    pid = json.loads((finished.path / "heartbeats" / "rank_0").read_text())["pid"]
+    assert events.name.split(".")[-2] == str(pid)
+
+
+@pytest.mark.slow
+def test_the_first_page_has_only_tags_that_are_there(finished: Run) -> None:
+    scalars = tags_of(finished)["scalars"]
+    charts = [tag for page in dashboard.LAYOUT.values() for tags in page.values() for tag in tags]
+    assert set(charts) <= set(scalars)
+    assert len(charts) == len(set(charts))
+
+
+@pytest.mark.slow
+def test_a_tensorboard_serves_all_of_it(finished: Run) -> None:
+    with tensorboard(finished.path) as address:
+        plugins = f"{address}/data/plugin"
+        layout = ask(f"{plugins}/custom_scalars/layout")
+        assert [category["title"] for category in layout["category"]] == list(dashboard.LAYOUT)
+        (tags,) = ask(f"{plugins}/scalars/tags").values()
+        assert set(tags) == set(tags_of(finished)["scalars"])
+        points = ask(f"{plugins}/scalars/scalars", run="tensorboard", tag="test/accuracy")
+        rows = [json.loads(line) for line in (finished.path / "metrics.jsonl").read_text().splitlines()]
+        expected = [(row["step"], row["test/accuracy"]) for row in rows if "test/accuracy" in row]
+        assert [(step, pytest.approx(value)) for _, step, value in points] == expected
+        (images,) = ask(f"{plugins}/images/tags").values()
+        assert {"train/images", "test/confusion", "test/wrong"} <= set(images)
+        (texts,) = ask(f"{plugins}/text/tags").values()
+        assert {"config/text_summary", "environment/text_summary", "history/text_summary"} <= set(texts)
+        (history,) = ask(f"{plugins}/text/text", run="tensorboard", tag="history/text_summary")[-1:]
+        assert "finished" in history["text"]
+        (curves,) = ask(f"{plugins}/pr_curves/tags").values()
+        assert len(curves) == 10
+        experiment = ask(f"{plugins}/hparams/experiment", {"experimentName": ""})
+        assert {info["name"] for info in experiment["hparamInfos"]} >= {*dashboard.ALWAYS, "train.ema_decay"}
+        assert ask(f"{address}/data/environment")["data_location"] == str(finished.path)
+        (projected,) = ask(f"{plugins}/projector/runs")
+        config = ask(f"{plugins}/projector/info", run=projected)
+        assert [each["tensorShape"][0] for each in config["embeddings"]] == [60]
+
+
+@pytest.mark.slow
+def test_a_browser_draws_it(finished: Run, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs chromium")
+    picture = tmp_path / "page.png"
+    with tensorboard(finished.path) as address:
+        ask(f"{address}/data/plugin/custom_scalars/layout")  # it has read the files
+        options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}")
+        page = ("--window-size=1400,1400", "--virtual-time-budget=20000", f"--screenshot={picture}")
+        done = subprocess.run(
+            [browser, *options, *page, f"{address}/#custom_scalars"], capture_output=True, text=True, timeout=120
+        )
+    assert picture.exists(), done.stderr
+    charts = np.asarray(Image.open(picture).convert("RGB")).astype(int)[120:, 400:]
+    lines = (
+        charts[..., 0] > charts[..., 2] + 80
+    ).sum()  # the run's colour, an orange; all else there is white, grey or blue
+    assert lines > 1000, f"{lines} coloured pixels"
+
+
+@pytest.mark.slow
+def test_after_three_kills_each_curve_has_each_step_once(run: Run) -> None:
+    for _ in range(3):
+        run.start(*ALL)
+        send([pid for pids in processes(run.path).values() for pid in pids], signal.SIGKILL)
+        assert run.launcher
+        run.launcher.wait(30)
+    run.finish(*ALL)
+    for options in ((), ("--load_fast=false",)):
+        with tensorboard(run.path, *options) as address:
+            plugins = f"{address}/data/plugin"
+            ((name, tags),) = ask(f"{plugins}/scalars/tags").items()
+            steps = {tag: [step for _, step, _ in ask(f"{plugins}/scalars/scalars", run=name, tag=tag)] for tag in tags}
+            assert all(found == sorted(set(found)) for found in steps.values()), steps
+            assert steps["train/loss"] == list(range(4, 40, 4))
+            assert ask(f"{plugins}/scalars/tags").keys() == {"tensorboard"}
+            history = ask(f"{plugins}/text/text", run=name, tag="history/text_summary")[-1]["text"]
+            assert history.count("crashed") == 3
+    folders = [path for path in (run.path / "tensorboard").rglob("*") if path.is_dir() and path.name != "features"]
+    assert [path.name for path in folders] == ["00039"], "the projector's"
+
+
+# -- its parts
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Iterator[SummaryWriter]:
+    with SummaryWriter(str(tmp_path)) as writer:
+        yield writer
+
+
+def shown(board: SummaryWriter) -> EventAccumulator:
+    board.flush()
+    return EventAccumulator(board.log_dir).Reload()
+
+
+def test_the_most_confidently_wrong_come_first(board: SummaryWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = Split.of(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 1, 1]))
+    logits = torch.tensor([[5.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 9.0]])  # the second and the third are wrong
+    drawn: list[Any] = []
+    grid = dashboard.captioned_grid
+    monkeypatch.setattr(dashboard, "captioned_grid", lambda *given: drawn.append(given) or grid(*given))
+    dashboard.add_test_pictures(board, "test", split, logits, ("cat", "dog"), 7)
+    ((images, captions),) = drawn
+    assert captions == [("dog, not", "cat (95 %)"), ("cat, not", "dog (73 %)")]
+    assert images.shape == (2, 3, 8, 8)
+    assert set(shown(board).Tags()["images"]) == {"test/confusion", "test/wrong"}
+
+
+def test_no_wrong_image_is_no_picture(board: SummaryWriter) -> None:
+    split = Split.of(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
+    dashboard.add_test_pictures(board, "val", split, torch.eye(2), ("a", "b"), 1)
+    assert shown(board).Tags()["images"] == ["val/confusion"]
+
+
+def test_a_grid_has_a_cell_an_image_and_captions_that_fit() -> None:
+    images = torch.full((9, 3, 32, 32), 100, dtype=torch.uint8)
+    captions = [("a name that is far too long for its cell", "\udcff")] * 9
+    grid = dashboard.captioned_grid(images, captions)
+    assert grid.dtype == np.uint8
+    assert grid.shape == (2 * (dashboard.CELL + 40), 8 * (dashboard.CELL + 8), 3)
+    assert (grid[4, 4] == 100).all()
+    assert (grid[-2, -2] == 255).all(), "the second row has one image"
+
+
+def test_the_history_says_what_became_of_each_start(board: SummaryWriter) -> None:
+    starts = [
+        Start(0.0, 0, 4),
+        Start(60.0, 10, 2, restarts=1, steps_lost=3, found="running"),
+        Start(90.0, 20, 2, restarts=2, steps_lost=3, found="stopped: SIGTERM"),
+    ]
+    dashboard.add_history(board, starts, "finished", 30)
+    (event,) = shown(board).Tensors("history/text_summary")
+    rows = event.tensor_proto.string_val[0].decode().splitlines()[2:]
+    ends = [[cell.strip() for cell in row.split("|")][-3] for row in rows]
+    assert ends == ["crashed", "stopped: SIGTERM", "finished"]
+
+
+def test_a_runs_line_among_hparams_has_what_is_not_default(board: SummaryWriter) -> None:
+    from tensorboard.plugins.hparams import metadata
+
+    dashboard.add_hparams(board, config_of("optim.momentum=0.5", "run_dir=elsewhere", "model.args.width=3"), "test")
+    board.flush()
+    events = EventAccumulator(board.log_dir).Reload()
+    content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    found = metadata.parse_session_start_info_plugin_data(content).hparams
+    assert set(found) == {*dashboard.ALWAYS, "optim.momentum", "model.args"}
+    assert not [path for path in Path(board.log_dir).iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_the_projector_has_a_point_an_image(board: SummaryWriter, head: bool) -> None:
+    images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
+    split = Split.of(images, torch.tensor([0, 1, 0, 1, 1]))
+    layers: list[torch.nn.Module] = [torch.nn.Flatten(), torch.nn.Linear(192, 7), torch.nn.Linear(7, 2)]
+    model = torch.nn.Sequential(*layers) if head else torch.nn.Conv2d(3, 2, 8)
+    dashboard.add_projector(board, split, model, ("a", "b"), 2, 3)
+    (points,) = Path(board.log_dir).rglob("tensors.tsv")
+    assert np.loadtxt(points).shape == ((5, 7) if head else (5, 2))
+
+
+def test_what_cannot_be_drawn_costs_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    from ddp_cifar.log import log
+    from ddp_cifar.tracking import build_tracker
+
+    monkeypatch.setattr(log, "propagate", True)
+    tracker = build_tracker(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", step=0)
+    tracker.show(lambda board: board.add_graph(torch.nn.Linear(2, 2), torch.zeros(1, 3)))
+    tracker.close()
+    assert any("TensorBoard lacks a part (RuntimeError" in record.getMessage() for record in caplog.records)
+
+
+def test_pictures_can_be_left_out(train: Callable[..., Any], tmp_path: Path) -> None:
+    from test_mistakes import TINY
+
+    done = train(*TINY, f"run_dir={tmp_path}", "tracking.pictures_every=null", "train.max_steps=1")
+    assert done.status == 0, done.err
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["images"] == []
+    assert not [tag for tag in events.Tags()["tensors"] if "/pr/" in tag]
+    refused = train(*TINY, f"run_dir={tmp_path}", "tracking.histograms_every=0")
+    assert refused.status == 2
+    assert "tracking.histograms_every=0 is out of range: expected 1 or more, or null" in refused.err
