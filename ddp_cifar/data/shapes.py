@@ -3,6 +3,7 @@
 A class is a form, whatever its colour, place, size and turn; background, clutter and noise hide it from a linear model.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ from ddp_cifar.distributed import World
 from ddp_cifar.seeding import generator
 
 SIZE = 32
-CHUNK = 1000  # images drawn at once, to bound memory
+CHUNK, BLOCK = 1000, 100  # images whose random numbers are drawn at once, to bound memory; images painted at once
 MAX_TURN = 0.4  # radians either way: wide enough that no pixel tells a class, and learnt in a minute on two cores
 
 
@@ -99,11 +100,28 @@ def _draw_split(num_images: int, random: torch.Generator) -> Split:
 
 
 def _draw(labels: Tensor, random: torch.Generator) -> Tensor:
-    """(B,) labels -> (B, 3, 32, 32) uint8."""
-    n = len(labels)
+    """(B,) labels -> (B, 3, 32, 32) uint8, by blocks, whose tensors stay in the processor's cache."""
+    drawn: list[Tensor] = []
+
+    def paint(block: slice) -> Tensor:
+        count = itertools.count()
+
+        def rand(*shape: int) -> Tensor:
+            """This block's part of the next random numbers, which the first block draws for all."""
+            if (number := next(count)) == len(drawn):
+                drawn.append(torch.rand(len(labels), *shape, generator=random, dtype=torch.float64))
+            return drawn[number][block]
+
+        return _paint(labels[block], rand)
+
+    return torch.cat([paint(slice(first, first + BLOCK)) for first in range(0, len(labels), BLOCK)])
+
+
+def _paint(labels: Tensor, rand: Callable[..., Tensor]) -> Tensor:
+    """(B,) labels -> (B, 3, 32, 32) uint8; `rand(*shape)` gives (B, *shape) random numbers of 0 to 1."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=random, dtype=torch.float64)
+        return low + (high - low) * rand(*shape, 1, 1)
 
     axis = torch.arange(SIZE, dtype=torch.float64) - (SIZE - 1) / 2
     y, x = axis.view(1, SIZE, 1), axis.view(1, 1, SIZE)
@@ -141,6 +159,6 @@ def _draw(labels: Tensor, random: torch.Generator) -> Tensor:
     colour = (middle + uniform(0.3, 0.55, 3) * torch.where(middle > 0.5, -1.0, 1.0)).clamp(0, 1)
     canvas = canvas.lerp(colour.expand_as(canvas), cover(distance, size))
 
-    noise = torch.rand(n, 3, SIZE, SIZE, generator=random, dtype=torch.float64) - 0.5
+    noise = rand(3, SIZE, SIZE) - 0.5
     canvas = canvas + noise * uniform(0.05, 0.2, 1)
     return (canvas.clamp(0, 1) * 255).round().to(torch.uint8)
