@@ -56,9 +56,8 @@ def seconds_of_pictures(folder: Path, rounds: int) -> list[float]:
     with contextlib.closing(build_tracker(folder / "pictures.jsonl", folder / "pictures", 0)) as tracker:
         for step in range(rounds + 1):
             started = time.perf_counter()
-            tracker.show(
-                lambda board, step=step: dashboard.add_test_pictures(board, "test", split, logits, names, step)
-            )
+            for add in (dashboard.add_confusion, dashboard.add_wrong_images, dashboard.add_curves):
+                tracker.show(lambda board, add=add, step=step: add(board, "test", split, logits, names, step))
             seconds.append(time.perf_counter() - started)
     return seconds[1:]
 

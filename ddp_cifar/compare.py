@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 
 from ddp_cifar.command import Arguments, percent, run_command, show, writing
-from ddp_cifar.config import ELSEWHERE, as_typed, flatten, short_names
+from ddp_cifar.config import ELSEWHERE, Config, as_typed, flatten, short_names, to_dict
 from ddp_cifar.errors import UserError
+from ddp_cifar.log import log
 from ddp_cifar.run_dir import RunDir
 
 Row = dict[str, Any]
@@ -48,7 +49,8 @@ class Run:
             raise UserError(f"{path} is not the run_dir of a run ({error.strerror}: {error.filename})") from error
         except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
-        kept = {key: value for key, value in flatten(config).items() if not key.startswith(ELSEWHERE)}
+        whole = flatten(to_dict(Config())) | flatten(config)  # a key that the run is too old for has its default
+        kept = {key: value for key, value in whole.items() if not key.startswith(ELSEWHERE)}
         return Run(path, run_dir.read_status(), kept, rows)
 
     @property
@@ -89,7 +91,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the table to this file")
     parser.add_argument("--png", type=Path, help="draw accuracy against steps, time and images into this file")
     options = parser.parse_intermixed_args(argv)
-    runs = [Run.read(path) for path in options.run_dirs]
+    begun = [path for path in options.run_dirs if not (path / "lock").exists() or RunDir(str(path)).metrics.exists()]
+    for path in sorted(set(options.run_dirs) - set(begun)):
+        log.warning(f"{path} is left out: its run has not begun")
+    if not begun:
+        raise UserError("none of these runs has begun")
+    runs = [Run.read(path) for path in begun]
     show("\n".join([_table(runs), *_over_seeds(runs), *_partings(runs)]))
     if options.json:
         with writing(options.json):
@@ -118,7 +125,9 @@ def _summary(run: Run) -> Row:
 def _different(runs: Sequence[Run]) -> dict[str, str]:
     """Keys of the config, but for the seed, in which runs differ, and a short name of each."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key != "seed")
-    return short_names(key for key in keys if len({as_typed(run.config.get(key)) for run in runs}) > 1)
+    different = [key for key in keys if len({as_typed(run.config.get(key)) for run in runs}) > 1]
+    names = short_names(["seed", *different])
+    return {key: names[key] for key in different}
 
 
 def _table(runs: Sequence[Run]) -> str:

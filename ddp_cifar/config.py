@@ -296,8 +296,8 @@ class TrackingConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Its arguments: tracking.args.KEY=VALUE."""
     pictures_every: int | None = 10
-    """Epochs from one set of TensorBoard's pictures of test images, and of precision and recall, to the next; the last
-    evaluation has one too. null: no pictures at all."""
+    """The evaluation of every so many epochs has a set of TensorBoard's pictures of test images, with curves of precision and
+    recall, and the last one too. null: no pictures, of training images neither."""
     histograms_every: int | None = None
     """Steps from one set of histograms of weights and gradients in TensorBoard to the next. null: none."""
     graph: bool = False
@@ -626,6 +626,14 @@ def _first_line(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     return f"{problem} (line {mark.line + 1})" if mark else str(problem)
+
+
+def as_argument(key: str, text: str, value: object) -> str:
+    """`key=value` for a command line, of a value that `read_yaml` has read: as it was typed, or, where the key's type is not
+    known, so that it is read as the same again."""
+    if _is_free(key):
+        text = yaml.dump(value, Dumper=_ValueDumper, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    return f"{key}={text}"
 
 
 def _is_free(key: str) -> bool:

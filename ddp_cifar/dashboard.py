@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddp_cifar.config import ELSEWHERE, Config, flatten, to_dict, to_yaml
+from ddp_cifar.config import ELSEWHERE, Config, as_typed, flatten, to_dict, to_yaml
 from ddp_cifar.data.augment import augment, normalize
 from ddp_cifar.data.dataset import Split
 from ddp_cifar.data.loader import TrainLoader
@@ -31,7 +32,8 @@ CELL = 112
 """... each of which is so many pixels wide."""
 MOST_CLASSES, MOST_NAMES = 20, 60
 """So many classes have a curve of precision and recall each, and numbers in the confusion matrix; and names there."""
-PROJECTED_IMAGES = 1000
+PROJECTED_IMAGES, SPRITE = 1000, 64
+"""Points of the projector, and the most pixels that their pictures are wide."""
 ALWAYS = ("seed", "model.name", "optim.lr", "optim.weight_decay", "train.global_batch_size", "train.epochs")
 """Settings in the HPARAMS tab, beside those that are not the default."""
 
@@ -105,20 +107,19 @@ def add_history(board: "SummaryWriter", starts: Sequence[Start], ended: str, ste
     board.add_text("history", _markdown(head, rows), step)
 
 
-def add_hparams(board: "SummaryWriter", config: Config, split: str) -> None:
-    """The run's line in the HPARAMS tab, with its last results on `split`: within its own event file, no folder besides."""
+def add_hparams(board: "SummaryWriter", config: Config) -> None:
+    """The run's line in the HPARAMS tab: within its own event file, no folder besides. TensorBoard finds its results there."""
     from torch.utils.tensorboard.summary import hparams
 
     default = flatten(to_dict(Config()))
     shown = {
-        key: value if isinstance(value, bool | int | float | str) else str(value)
+        key: value if isinstance(value, int | float) and not isinstance(value, bool) else as_typed(value)
         for key, value in flatten(to_dict(config)).items()
         if key in ALWAYS or (value != default[key] and not key.startswith(ELSEWHERE))
     }
-    results = dict.fromkeys((f"{split}/accuracy", f"{split}/loss", "train/epoch_loss", "train/epoch_images_per_s"), 0.0)
-    experiment, session, _ = hparams(shown, results)
-    for summary in (experiment, session):
-        board._get_file_writer().add_summary(summary)
+    # not the summary of an experiment: TensorBoard takes any one run's for all, and so lacks what only others have
+    _, session, _ = hparams(shown, {})
+    board._get_file_writer().add_summary(session)
 
 
 def add_training_images(board: "SummaryWriter", loader: TrainLoader, classes: Sequence[str]) -> None:
@@ -127,7 +128,7 @@ def add_training_images(board: "SummaryWriter", loader: TrainLoader, classes: Se
     first = next(loader.sampler.steps(0, 0, split.images.device)).micro_batches[0].indices[:GRID_IMAGES]
     ids = split.sample_ids[first]
     images = augment(split.images[ids], loader.augmentations(0)[ids])
-    names = [(classes[label],) for label in split.labels[first].tolist()]
+    names = [(name,) for name in plain([classes[label] for label in split.labels[first].tolist()])]
     board.add_image("train/images", captioned_grid(images, names), 0, dataformats="HWC")
 
 
@@ -141,30 +142,40 @@ def add_graph(board: "SummaryWriter", model: nn.Module, image_shape: torch.Size)
 # -- at an evaluation
 
 
-def add_test_pictures(
+def add_confusion(
     board: "SummaryWriter", name: str, split: Split, logits: Tensor, classes: Sequence[str], step: int
 ) -> None:
-    """Of the split `name` and its (N, classes) logits: the confusion matrix, the images that the network is most sure of and
-    wrong about, and a curve of precision and recall a class."""
-    logits, labels = logits.float().cpu(), split.labels.cpu()
-    confusion = Quality.of(logits, labels)
-    board.add_image(f"{name}/confusion", _pixels(confusion_figure(confusion, classes)), step, dataformats="HWC")
+    """The confusion matrix of the split `name`, by its (N, classes) logits."""
+    figure = confusion_figure(Quality.of(logits.float().cpu(), split.labels.cpu()), classes)
+    board.add_image(f"{name}/confusion", _pixels(figure), step, dataformats="HWC")
 
-    shares = logits.softmax(1)
-    confidence, predicted = shares.max(1)
+
+def add_wrong_images(
+    board: "SummaryWriter", name: str, split: Split, logits: Tensor, classes: Sequence[str], step: int
+) -> None:
+    """The images of the split `name` that the network is most sure of, and wrong about, by its (N, classes) logits."""
+    labels, classes = split.labels.cpu(), plain(classes)
+    confidence, predicted = logits.float().cpu().softmax(1).max(1)
     sure = confidence.where(predicted != labels, -1.0).argsort(descending=True, stable=True)
     wrong = sure[: min(GRID_IMAGES, int((predicted != labels).sum()))]
-    if len(wrong):
-        images = split.images[split.sample_ids[wrong.to(split.sample_ids.device)]]
-        captions = [
-            (f"{classes[label]}, not", f"{classes[guess]} ({100 * sureness:.0f} %)")
-            for label, guess, sureness in zip(
-                labels[wrong].tolist(), predicted[wrong].tolist(), confidence[wrong].tolist(), strict=True
-            )
-        ]
-        board.add_image(f"{name}/wrong", captioned_grid(images, captions), step, dataformats="HWC")
+    if not len(wrong):
+        return
+    images = split.images[split.sample_ids[wrong.to(split.sample_ids.device)]]
+    captions = [
+        (f"{classes[label]}, not", f"{classes[guess]} ({100 * sureness:.0f} %)")
+        for label, guess, sureness in zip(
+            labels[wrong].tolist(), predicted[wrong].tolist(), confidence[wrong].tolist(), strict=True
+        )
+    ]
+    board.add_image(f"{name}/wrong", captioned_grid(images, captions), step, dataformats="HWC")
 
-    for label, class_name in enumerate(classes[:MOST_CLASSES]):
+
+def add_curves(
+    board: "SummaryWriter", name: str, split: Split, logits: Tensor, classes: Sequence[str], step: int
+) -> None:
+    """A curve of precision and recall for each class of the split `name`, by its (N, classes) logits."""
+    shares, labels = logits.float().cpu().softmax(1), split.labels.cpu()
+    for label, class_name in enumerate(plain(classes[:MOST_CLASSES])):
         board.add_pr_curve(f"{name}/pr/{class_name}", (labels == label).numpy(), shares[:, label].numpy(), step)
 
 
@@ -173,25 +184,26 @@ def add_projector(
 ) -> None:
     """What goes into the network's last linear layer (or, without one, its logits) for the split's first images."""
     device = next(model.parameters()).device
-    ids = split.sample_ids[:PROJECTED_IMAGES]
-    images = split.images[ids]
-    found: list[Tensor] = []
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append((inputs[0] if linear else output).flatten(1).float().cpu())
-
-    hook = (linear[-1] if linear else model).register_forward_hook(keep)
+    images = split.images[split.sample_ids[:PROJECTED_IMAGES]]
+    inputs: list[Tensor] = []
+    features: list[Tensor] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    ]
     try:
         with torch.inference_mode():
             for some in images.split(batch_size):
+                inputs.clear()
                 logits = model.forward(normalize(some.to(device)))  # not the compiled one, which takes no hooks
-                if not linear:
-                    keep(model, (), logits)
+                features.append((inputs[-1] if inputs else logits).flatten(1).float().cpu())
     finally:
-        hook.remove()
-    names = [classes[label] for label in split.labels[:PROJECTED_IMAGES].tolist()]
-    board.add_embedding(torch.cat(found), names, images.cpu().float() / 255, step, "features")
+        for hook in hooks:
+            hook.remove()
+    names = plain([classes[label] for label in split.labels[:PROJECTED_IMAGES].tolist()])
+    sprites = F.interpolate(images.cpu().float() / 255, size=min(split.image_size, SPRITE))
+    board.add_embedding(torch.cat(features), names, sprites, step, "features")
 
 
 # -- at a step
@@ -200,12 +212,17 @@ def add_projector(
 def add_histograms(board: "SummaryWriter", model: nn.Module, step: int) -> None:
     """Of each parameter, and of its gradient in the step just done."""
     for name, parameter in model.named_parameters():
-        board.add_histogram(f"weights/{name}", parameter.detach().float().cpu(), step)
-        if parameter.grad is not None:
-            board.add_histogram(f"gradients/{name}", parameter.grad.float().cpu(), step)
+        for kind, values in (("weights", parameter.detach()), ("gradients", parameter.grad)):
+            if values is not None and (finite := values.float()[values.isfinite()]).numel():
+                board.add_histogram(f"{kind}/{name}", finite.cpu(), step)
 
 
 # -- drawing
+
+
+def plain(classes: Sequence[str]) -> list[str]:
+    """Names as text of one line each, which the names of folders need not be."""
+    return [" ".join(name.encode("utf-8", "replace").decode().split()) or "?" for name in classes]
 
 
 def captioned_grid(images: Tensor, captions: Sequence[Sequence[str]]) -> np.ndarray[Any, Any]:
@@ -222,10 +239,9 @@ def captioned_grid(images: Tensor, captions: Sequence[Sequence[str]]) -> np.ndar
         left, top = i % columns * pitch_x + 4, i // columns * pitch_y + 4
         sheet.paste(Image.fromarray(image).resize((CELL, CELL), Image.Resampling.NEAREST), (left, top))
         for j, line in enumerate(lines):
-            text = line.encode("utf-8", "replace").decode()  # a folder's name may be no text
-            while draw.textlength(text, font) > CELL:
-                text = text[:-1]
-            draw.text((left, top + CELL + j * line_height), text, fill="black", font=font)
+            while draw.textlength(line, font) > CELL:
+                line = line[:-1]
+            draw.text((left, top + CELL + j * line_height), line, fill="black", font=font)
     return np.asarray(sheet)
 
 
@@ -240,8 +256,9 @@ def confusion_figure(quality: Quality, classes: Sequence[str]) -> "Figure":
     picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, label="share of the true class")
     if len(classes) <= MOST_NAMES:
-        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-        axes.set_yticks(range(len(classes)), classes)
+        names = plain(classes)
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", parse_math=False)
+        axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(classes) <= MOST_CLASSES:

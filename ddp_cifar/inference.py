@@ -112,6 +112,13 @@ def count_batches(
         yield batch.indices, logits
 
 
+def put_in_place(logits: Tensor, found: tuple[Tensor, Tensor] | None) -> None:
+    """Copy a turn's logits to the (N, classes) logits of the whole split. Nothing waits for the device."""
+    if found:
+        indices, own = found  # neighbours, in order
+        logits[int(indices[0]) : int(indices[-1]) + 1] = own
+
+
 @torch.inference_mode()
 def split_logits(
     forward: Forward, loader: EvalLoader, num_classes: int, world: World, batch_size: int
@@ -123,9 +130,7 @@ def split_logits(
     counter = Counter(world.device)
     logits = torch.zeros(len(loader), num_classes, device=world.device)
     for found in count_batches(forward, loader, counter, world, batch_size):
-        if found:
-            indices, own = found
-            logits[indices.to(world.device)] = own
+        put_in_place(logits, found)
     totals = counter.reduce(world)
     # each row is zero on all ranks but one, so that the sum is exact
     return world.sum(logits).cpu(), totals

@@ -112,16 +112,17 @@ def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: Liter
 
 def effective_lr(optimizer: Optimizer) -> float | None:
     """Adam's rate with the correction of its averages' bias, `lr * sqrt(1 - beta2^t) / (1 - beta1^t)` (Kingma and Ba, Adam,
-    2015, section 2), after t of its own steps, which the clamp holds; None before the first, and for other optimizers.
+    2015, section 2), after t of its own steps, which the clamp holds; None before the first, and for other optimizers. Of the
+    first group, where there are several.
 
     Waits for the device.
     """
-    group = optimizer.param_groups[0]
-    state = optimizer.state.get(group["params"][0], {})
-    if not isinstance(optimizer, Adam) or "step" not in state:
+    counts = (state["step"] for state in optimizer.state.values() if "step" in state)  # none of a frozen parameter
+    if not isinstance(optimizer, Adam) or (count := next(counts, None)) is None or (step := float(count)) < 1:
         return None
+    group = optimizer.param_groups[0]
     beta1, beta2 = (float(beta) for beta in group["betas"])
-    lr, step = float(group["lr"]), float(state["step"])
+    lr = float(group["lr"])
     correction: float = math.sqrt(1 - beta2**step) / (1 - beta1**step)
     return lr * correction
 

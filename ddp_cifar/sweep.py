@@ -11,12 +11,21 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from ddp_cifar.command import Arguments, run_command, show
-from ddp_cifar.config import Config, load_config, read_yaml, short_names
+from ddp_cifar.config import (
+    ELSEWHERE,
+    Config,
+    as_argument,
+    flatten,
+    load_config,
+    read_yaml,
+    short_names,
+    to_dict,
+)
 from ddp_cifar.errors import UserError
 from ddp_cifar.run_dir import RunDir
 from ddp_cifar.train import TABLES
@@ -33,7 +42,7 @@ class SweptRun:
     arguments: list[str]
     """As train takes them, its run_dir last."""
     state: str
-    """`new`, `finished` (with as many epochs as it is to have), or the word of its status: `stopped`, `failed`, `running`."""
+    """`new`, `finished`, or another word of its status: `stopped`, `failed`, `running`."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,52 +68,63 @@ def main(argv: Sequence[str]) -> int:
 
 def expand(path: Path, overrides: Sequence[str]) -> list[SweptRun]:
     """The runs of the sweep at `path`, each with a config that is valid. Raises `UserError` where one is not."""
-    texts, _ = read_yaml(str(path))
+    texts, values = read_yaml(str(path))
     unknown = set(texts) - set(KEYS) if isinstance(texts, dict) else {"its content"}
-    grid = _lists(texts.get("grid") or {}, path) if not unknown else {}
+    grid = _lists(texts.get("grid") or {}, values.get("grid") or {}, path) if not unknown else {}
     if unknown or not grid:
         found = ", ".join(sorted(unknown)) or "no grid"
         raise UserError(
             f"{path} is no sweep ({found}): expected `grid`, with a list of values for each key, and `config`"
         )
+    if not isinstance(texts.get("config") or "", str):
+        raise UserError(f"config in {path} is no name of a file: expected one recipe, such as configs/demo.yaml")
     if stray := [argument for argument in overrides if "=" not in argument]:
         raise UserError(f"cannot read the argument {stray[0]!r}: expected key=value; the recipe is `config` in {path}")
     if again := [argument for argument in overrides if argument.split("=")[0] in grid]:
         raise UserError(f"{again[0]}: {path} has values of {again[0].split('=')[0]} in its grid: change them there")
-    if not isinstance(texts.get("config") or "", str):
-        raise UserError(f"config in {path} is no name of a file: expected one recipe, such as configs/demo.yaml")
     folder = next((a.removeprefix("run_dir=") for a in reversed(overrides) if a.startswith("run_dir=")), None)
     shared = [texts["config"]] if texts.get("config") else []
     shared += [argument for argument in overrides if not argument.startswith("run_dir=")]
     names = short_names(grid)
     runs: dict[str, SweptRun] = {}
-    for values in itertools.product(*grid.values()):
-        own = dict(zip(grid, values, strict=True))
-        name = re.sub(r"[^\w.=,+-]", "-", ",".join(f"{names[key]}={value}" for key, value in own.items()))
+    for combination in itertools.product(*grid.values()):
+        own = ",".join(f"{names[key]}={value.text}" for key, value in zip(grid, combination, strict=True))
+        name = re.sub(r"[^\w.=,+-]", "-", own)
         run_dir = f"{folder or f'runs/sweeps/{path.stem}'}/{name}"
-        arguments = [*shared, *(f"{key}={value}" for key, value in own.items()), f"run_dir={run_dir}"]
+        arguments = [*shared, *(value.argument for value in combination), f"run_dir={run_dir}"]
         if name in runs:
             raise UserError(f"{path} has {name} twice: expected each value once")
         runs[name] = SweptRun(name, arguments, _state(run_dir, load_config(arguments, TABLES)))
     return list(runs.values())
 
 
-def _lists(section: Any, path: Path, prefix: str = "") -> dict[str, list[str]]:
-    """By dotted key: its values, as text."""
-    if not isinstance(section, dict):
+class Value(NamedTuple):
+    """One of a list."""
+
+    text: str
+    """As it stands in the file."""
+    argument: str
+    """`key=value`, as train takes it."""
+
+
+def _lists(texts: Any, values: Any, path: Path, prefix: str = "") -> dict[str, list[Value]]:
+    """By dotted key: its values."""
+    if not isinstance(texts, dict):
         raise UserError(
             f"{prefix[:-1] or 'grid'} in {path} holds no keys: expected lines of the form key: [value, ...]"
         )
-    found: dict[str, list[str]] = {}
-    for name, values in section.items():
-        if isinstance(values, dict):
-            found |= _lists(values, path, f"{prefix}{name}.")
-        elif not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
-            raise UserError(
-                f"grid: {prefix}{name} in {path} is no list of values: expected {prefix}{name}: [value, ...]"
-            )
+    found: dict[str, list[Value]] = {}
+    for name, value in values.items():
+        text, key = texts[str(name)], f"{prefix}{name}"
+        if isinstance(text, dict):
+            new = _lists(text, value, path, f"{key}.")
+        elif not isinstance(text, list) or not text or not all(isinstance(each, str) for each in text):
+            raise UserError(f"grid: {key} in {path} is no list of values: expected {key}: [value, ...]")
         else:
-            found[f"{prefix}{name}"] = values
+            new = {key: [Value(t, as_argument(key, t, v)) for t, v in zip(text, value, strict=True)]}
+        if twice := found.keys() & new.keys():
+            raise UserError(f"grid: {min(twice)} stands twice in {path}")
+        found |= new
     if "run_dir" in found:
         raise UserError(
             f"grid: run_dir in {path}: a sweep's runs have their own; run_dir=FOLDER on the command line moves all"
@@ -113,16 +133,21 @@ def _lists(section: Any, path: Path, prefix: str = "") -> dict[str, list[str]]:
 
 
 def _state(path: str, config: Config) -> str:
+    """The word of a run's status; but `stopped` where it has finished and is to be longer now, or another run: train will say."""
     run_dir = RunDir(path)
     state = run_dir.read_status().split(":")[0] or "new"
-    if state == "finished":
-        try:
-            length = yaml.safe_load((run_dir.path / "config.yaml").read_text(encoding="utf-8"))["train"]
-        except (OSError, yaml.YAMLError, TypeError, KeyError):
-            return "running"
-        if (length.get("epochs"), length.get("max_steps")) != (config.train.epochs, config.train.max_steps):
-            return "stopped"  # with more to do now
-    return state
+    if state != "finished":
+        return state
+    try:
+        saved = yaml.safe_load((run_dir.path / "config.yaml").read_text(encoding="utf-8"))
+        before = flatten(to_dict(load_config([], TABLES, base=saved)))
+    except (OSError, yaml.YAMLError, UserError, AttributeError):
+        return "stopped"
+    now = flatten(to_dict(config))
+    different = {key for key in now if now[key] != before[key] and not key.startswith(ELSEWHERE)}
+    if different == {"train.epochs"} and before["train.epochs"] > now["train.epochs"]:
+        return state
+    return "stopped" if different else state
 
 
 if __name__ == "__main__":

@@ -215,11 +215,13 @@ def build_tracker(metrics: Path, tensorboard: Path, step: int, epoch: int = 0, o
     Of what was logged before stays what belongs to these steps, and to the `epoch` epochs that are completed: the run will
     log the rest again.
     """
-    kept = _cut(metrics, step, epoch)
-    # of what is at `step` itself some may go (an epoch's row) and some stay, which purging cannot tell apart
-    events = TensorBoardTracker(tensorboard, purge_step=step)
+    kept, is_parted = _cut(metrics, step, epoch)
+    # what is at `step` itself stays, as an evaluation's pictures; but where a part of it has to go (an epoch's row), which
+    # purging cannot tell from the rest, and at 0, where a start begins
+    is_parted |= step == 0
+    events = TensorBoardTracker(tensorboard, purge_step=step if is_parted else step + 1)
     for row in kept:
-        if row["step"] == step:
+        if is_parted and row["step"] == step:
             events.log({tag: value for tag, value in row.items() if tag != "step" and value is not None}, step)
     return _All(JsonLinesTracker(metrics), events, own or NullTracker())
 
@@ -232,24 +234,31 @@ def last_value(metrics: Path, tag: str) -> float:
     return 0.0
 
 
-def _cut(path: Path, step: int, epoch: int) -> list[dict[str, Any]]:
-    """Drop the rows past `step` or `epoch`, and a last one that a crash left unfinished; returns the others."""
+def _cut(path: Path, step: int, epoch: int) -> tuple[list[dict[str, Any]], bool]:
+    """Drop the rows past `step` or `epoch`, and a last one that a crash left unfinished; returns the others, and whether one of
+    `step` itself is, or may be, among those that are gone."""
+    lines: list[str] = []
+    kept: list[dict[str, Any]] = []
+    is_parted = False
     if not path.exists():
-        return []
-    lines, rows = [], []
+        return kept, is_parted
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        try:
             row = json.loads(line)
-            if line.endswith("\n") and row["step"] <= step and row.get("train/epoch", 0) <= epoch:
-                lines.append(line)
-                rows.append(row)
+            whole = line.endswith("\n") and row["step"] <= step and row.get("train/epoch", 0) <= epoch
+            is_parted |= not whole and row["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            whole, is_parted = False, True
+        if whole:
+            lines.append(line)
+            kept.append(row)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    return rows
+    return kept, is_parted
 
 
 def _is_no_json(value: float | str) -> bool:

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -44,9 +43,6 @@ from ddp_cifar.seeding import derive_seed
 from ddp_cifar.stopping import Requests
 from ddp_cifar.tracking import NullTracker, Tracker, build_own_tracker, build_tracker, last_value
 from ddp_cifar.trainer import Progress, Trainer
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 TABLES: Tables = {"data.name": DATASETS, "model.name": MODELS, "optim.name": OPTIMIZERS, "tracking.name": {}}
 
@@ -160,18 +156,16 @@ def start_records(
     if start.restarts:
         log.info(f"start {start.restarts + 1} of this run; {start.steps_lost} steps were lost so far")
 
-    def begin(board: "SummaryWriter") -> None:
-        dashboard.add_layout(board)
-        dashboard.add_config(board, config, progress.step)
-        dashboard.add_environment(board, versions(), places, progress.step)
-        dashboard.add_history(board, run_dir.read_starts(), "running", progress.step)
-        dashboard.add_hparams(board, config, "test" if trainer.test else "val")
-        if progress.step == 0 and config.tracking.pictures_every:
-            dashboard.add_training_images(board, trainer.train, trainer.classes)
-        if progress.step == 0 and config.tracking.graph:
-            dashboard.add_graph(board, trainer.model, trainer.train.image_shape)
-
-    tracker.show(begin)
+    step = progress.step
+    tracker.show(dashboard.add_layout)
+    tracker.show(lambda board: dashboard.add_config(board, config, step))
+    tracker.show(lambda board: dashboard.add_environment(board, versions(), places, step))
+    tracker.show(lambda board: dashboard.add_history(board, run_dir.read_starts(), "running", step))
+    tracker.show(lambda board: dashboard.add_hparams(board, config))
+    if step == 0 and config.tracking.pictures_every:
+        tracker.show(lambda board: dashboard.add_training_images(board, trainer.train, trainer.classes))
+    if step == 0 and config.tracking.graph:
+        tracker.show(lambda board: dashboard.add_graph(board, trainer.model, trainer.train.image_shape))
     return start, tracker
 
 

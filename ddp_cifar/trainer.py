@@ -6,13 +6,14 @@ images divided by the images of the global batch, so that gradients add up to th
 
 import contextlib
 import dataclasses
+import functools
 import math
 import socket
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ from ddp_cifar.environment import name_of
 from ddp_cifar.errors import RunError, UserError
 from ddp_cifar.fingerprint import fingerprint
 from ddp_cifar.heartbeat import Heartbeat, NullHeartbeat
-from ddp_cifar.inference import count_batches, forward_pass
+from ddp_cifar.inference import count_batches, forward_pass, put_in_place
 from ddp_cifar.log import log
 from ddp_cifar.metrics import Counter, PhaseTimer, Span, Totals, ledger_numbers, peak_memory
 from ddp_cifar.optim import Schedule, effective_lr, load_optimizer_state
@@ -47,13 +48,12 @@ from ddp_cifar.stopping import REASONS, Agreement, Requests
 from ddp_cifar.tracking import NullTracker, Scalars, Tracker
 from ddp_cifar.tree_sum import TreeReduction
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 STRAGGLER_FLOOR_US = 1000
 """A rank that is slower by less than this, in microseconds a step, is no straggler."""
 COMPILED_WARM_UP = 3
 """Passes of a size: to compile, to run once, and to record the CUDA graph."""
+MOST_LOGITS = 50_000_000
+"""Images times classes, beyond which an evaluation has no pictures: they would take 200 MB of each rank's memory."""
 SAVE_PATIENCE_S = 60.0
 """For an earlier save; a disk that takes longer costs checkpoints rather than time."""
 
@@ -410,7 +410,14 @@ class Trainer:
         self.tracker.log(scalars | self._survival(), progress.step)
         log.info(_epoch_line(scalars, "" if ended else f" (to step {progress.step})"))
         if logits is not None:
-            self._show(logits, is_last)
+            self._show(logits)
+        if is_last and config.tracking.projector and self._shown:
+            split, batch_size = self._shown[1].split, config.eval.batch_size
+            self.tracker.show(
+                lambda board: dashboard.add_projector(
+                    board, split, self.evaluated, self.classes, batch_size, progress.step
+                )
+            )
 
         progress.evaluating = False
         if ended:
@@ -564,9 +571,8 @@ class Trainer:
         forward = forward_pass(self.evaluated, self.precision, self.world.device)
         counter = Counter(self.world.device)
         for found in count_batches(forward, loader, counter, self.world, self.config.eval.batch_size, augmentations):
-            if logits is not None and found:
-                indices, own = found
-                logits[indices.to(logits.device)] = own
+            if logits is not None:
+                put_in_place(logits, found)
             self.poll()
         totals = counter.reduce(self.world)
         if totals.images != len(loader):
@@ -581,24 +587,21 @@ class Trainer:
 
     def _logits_to_show(self, name: str, is_last: bool) -> Tensor | None:
         """Zeros for the logits of the split `name`, where this evaluation has pictures of it."""
-        every = self.config.tracking.pictures_every
+        every, shown = self.config.tracking.pictures_every, self._shown
         is_due = every is not None and (is_last or (self.progress.epoch + 1) % every == 0)
-        if not (is_due and self._shown and self._shown[0] == name):
+        if not (is_due and shown and shown[0] == name and len(shown[1]) * len(self.classes) <= MOST_LOGITS):
             return None
-        return torch.zeros(len(self._shown[1]), len(self.classes), device=self.world.device)
+        return torch.zeros(len(shown[1]), len(self.classes), device=self.world.device)
 
-    def _show(self, logits: Tensor, is_last: bool) -> None:
+    def _show(self, logits: Tensor) -> None:
         """Have TensorBoard show what the network makes of the split that `logits` are of."""
         assert self._shown
         name, loader = self._shown
-        split, step = loader.split, self.progress.step
-
-        def add(board: "SummaryWriter") -> None:
-            dashboard.add_test_pictures(board, name, split, logits, self.classes, step)
-            if is_last and self.config.tracking.projector:
-                dashboard.add_projector(board, split, self.evaluated, self.classes, self.config.eval.batch_size, step)
-
-        self.tracker.show(add)
+        for add in (dashboard.add_confusion, dashboard.add_wrong_images, dashboard.add_curves):
+            add_it = functools.partial(
+                add, name=name, split=loader.split, logits=logits, classes=self.classes, step=self.progress.step
+            )
+            self.tracker.show(add_it)
 
     # -- what ranks tell each other
 

@@ -33,6 +33,11 @@ repeat_error() {
   fi
 }
 
+# need_torchrun: refuse to go on without it.
+need_torchrun() {
+  command -v torchrun >/dev/null || refuse "torchrun is not on PATH: activate the environment, or make one with \`make install\`"
+}
+
 # refuse MESSAGE: end with an error, which is left where repeat_error finds it, and status 2.
 refuse() {
   local place

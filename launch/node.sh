@@ -24,7 +24,7 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-command -v torchrun >/dev/null || refuse "torchrun is not on PATH: activate the environment, or make one with \`make install\`"
+need_torchrun
 nnodes=${NNODES:-1}
 gpus=$(count_gpus)
 nproc_per_node=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}

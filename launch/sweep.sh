@@ -4,14 +4,17 @@
 #     launch/sweep.sh SWEEP.yaml [key=value ...]
 #
 # Runs that are finished are skipped, the others start, or go on from where they are: after an interruption, the same command again.
-# The table of all of them comes last. Each is started by launch/local.sh, whose settings (NPROC_PER_NODE ...) count here too; Ctrl-C
-# stops the run that is under way, which saves, and the sweep with it. A run that fails does not keep the next ones from theirs;
-# the exit status is that of the first that failed.
+# The table of all of them comes at the end. Each is started by launch/local.sh, whose settings (NPROC_PER_NODE ...) count here too;
+# Ctrl-C stops the run that is under way, which saves, and with it the sweep. So does a run that stops by itself, by train.deadline, or
+# by train.max_hours, which each run has anew. One that fails does not keep the next ones from theirs: they are named last, and
+# the exit status is that of the first.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 
+need_torchrun
+case " $* " in *" -h "* | *" --help "*) exec python -m ddp_cifar.sweep --help ;; esac
 lines=$(python -m ddp_cifar.sweep --lines "$@") # refuses what is wrong with any of them
 run='' interrupted='' arguments=()
 # shellcheck disable=SC2329 # by the traps
@@ -19,7 +22,7 @@ pass_on() { interrupted=1 && [ -z "$run" ] || kill -s "$1" "$run" 2>/dev/null ||
 trap 'pass_on INT' INT
 trap 'pass_on TERM' TERM HUP
 trap 'pass_on USR1' USR1
-count=$(wc -l <<<"$lines") number=0 status=0 run_dirs=()
+count=$(wc -l <<<"$lines") number=0 status=0 run_dirs=() failed=()
 while read -r state quoted; do
   eval "arguments=($quoted)" # as Python's shlex has quoted them
   run_dir=${arguments[-1]#run_dir=} number=$((number + 1))
@@ -36,10 +39,13 @@ while read -r state quoted; do
   [ -z "$interrupted" ] || kill "$run" # which came just before
   wait_for "$run" && ended=0 || ended=$?
   run=''
-  [ "$status" != 0 ] || status=$ended
+  if [ "$ended" != 0 ]; then
+    [ "$status" != 0 ] || status=$ended
+    failed+=("$run_dir ($ended)")
+  fi
   if [ -n "$interrupted" ] || { [ "$ended" = 0 ] && grep -qs '^stopped' "$run_dir/status"; }; then
     echo "== sweep: stopped in run $number of $count; the same command goes on" >&2
-    exit "$ended"
+    exit "$status"
   fi
 done <<<"$lines"
 there=()
@@ -47,4 +53,5 @@ for run_dir in "${run_dirs[@]}"; do
   [ ! -e "$run_dir/metrics.jsonl" ] || there+=("$run_dir")
 done
 [ ${#there[@]} = 0 ] || python -m ddp_cifar.compare "${there[@]}"
+[ "$status" = 0 ] || { printf '== sweep: failed, with the status behind it: %s\n' "${failed[@]}" >&2; }
 exit "$status"

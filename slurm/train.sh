@@ -51,8 +51,10 @@ take_place
 arguments=()
 for argument in "$@"; do
   if [[ $argument == @* ]]; then
-    [ -r "${argument#@}" ] || refuse "$argument: cannot read ${argument#@}, a file with the arguments of each task of an array in a line"
-    quoted=$(sed -n "${SLURM_ARRAY_TASK_ID:-1}p" "${argument#@}")
+    line=${SLURM_ARRAY_TASK_ID:-1}
+    if [ "$line" = 0 ] || ! quoted=$(sed -n "${line}p" "${argument#@}") || [ -z "$quoted" ]; then
+      refuse "$argument: expected a file that has the arguments of task $line in its line $line"
+    fi
     eval "arguments+=($quoted)"
   else
     arguments+=("${argument//%a/${SLURM_ARRAY_TASK_ID:-%a}}")

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import config_of
-from launched import CHECKOUT, Run, processes, send
+from launched import CHECKOUT, Run, processes, send, wait_until
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -45,7 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @contextmanager
 def tensorboard(logdir: Path, *options: str) -> Iterator[str]:
-    """Serve `logdir` as a user does; the address."""
+    """Serve `logdir`, the folder of one finished run, as a user does; the address, once all of it is read."""
     server = subprocess.Popen(
         [
             str(Path(sys.executable).parent / "tensorboard"),
@@ -60,12 +61,13 @@ def tensorboard(logdir: Path, *options: str) -> Iterator[str]:
     try:
         assert server.stderr
         said = ""
-        for line in server.stderr:
+        while not (found := re.search(r"TensorBoard \S+ at (http://\S+)", said)):
+            line = server.stderr.readline()
+            assert line, said
             said += line
-            if found := re.search(r"TensorBoard \S+ at (http://\S+)", line):
-                yield found[1].rstrip("/")
-                return
-        raise AssertionError(said)
+        address = found[1].rstrip("/")
+        assert wait_until(lambda: is_read(address), 60)
+        yield address
     finally:
         server.kill()
         server.wait()
@@ -78,6 +80,20 @@ def ask(address: str, data: dict[str, Any] | None = None, **query: str) -> Any:
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)
+
+
+def history_of(address: str) -> str:
+    """The last one."""
+    text: str = ask(f"{address}/data/plugin/text/text", run="tensorboard", tag="history/text_summary")[-1]["text"]
+    return text
+
+
+def is_read(address: str) -> bool:
+    """What a run writes last is there."""
+    try:
+        return "finished" in history_of(address)
+    except (urllib.error.HTTPError, IndexError):
+        return False
 
 
 def tags_of(run: Run) -> dict[str, list[str]]:
@@ -136,8 +152,6 @@ def test_a_tensorboard_serves_all_of_it(finished: Run) -> None:
         assert {"train/images", "test/confusion", "test/wrong"} <= set(images)
         (texts,) = ask(f"{plugins}/text/tags").values()
         assert {"config/text_summary", "environment/text_summary", "history/text_summary"} <= set(texts)
-        (history,) = ask(f"{plugins}/text/text", run="tensorboard", tag="history/text_summary")[-1:]
-        assert "finished" in history["text"]
         (curves,) = ask(f"{plugins}/pr_curves/tags").values()
         assert len(curves) == 10
         experiment = ask(f"{plugins}/hparams/experiment", {"experimentName": ""})
@@ -155,7 +169,6 @@ def test_a_browser_draws_it(finished: Run, tmp_path: Path) -> None:
         pytest.skip("needs chromium")
     picture = tmp_path / "page.png"
     with tensorboard(finished.path) as address:
-        ask(f"{address}/data/plugin/custom_scalars/layout")  # it has read the files
         options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}")
         page = ("--window-size=1400,1400", "--virtual-time-budget=20000", f"--screenshot={picture}")
         done = subprocess.run(
@@ -185,8 +198,7 @@ def test_after_three_kills_each_curve_has_each_step_once(run: Run) -> None:
             assert all(found == sorted(set(found)) for found in steps.values()), steps
             assert steps["train/loss"] == list(range(4, 40, 4))
             assert ask(f"{plugins}/scalars/tags").keys() == {"tensorboard"}
-            history = ask(f"{plugins}/text/text", run=name, tag="history/text_summary")[-1]["text"]
-            assert history.count("crashed") == 3
+            assert history_of(address).count("crashed") == 3
     folders = [path for path in (run.path / "tensorboard").rglob("*") if path.is_dir() and path.name != "features"]
     assert [path.name for path in folders] == ["00039"], "the projector's"
 
@@ -211,22 +223,40 @@ def test_the_most_confidently_wrong_come_first(board: SummaryWriter, monkeypatch
     drawn: list[Any] = []
     grid = dashboard.captioned_grid
     monkeypatch.setattr(dashboard, "captioned_grid", lambda *given: drawn.append(given) or grid(*given))
-    dashboard.add_test_pictures(board, "test", split, logits, ("cat", "dog"), 7)
+    dashboard.add_wrong_images(board, "test", split, logits, ("cat", "dog"), 7)
     ((images, captions),) = drawn
     assert captions == [("dog, not", "cat (95 %)"), ("cat, not", "dog (73 %)")]
     assert images.shape == (2, 3, 8, 8)
-    assert set(shown(board).Tags()["images"]) == {"test/confusion", "test/wrong"}
+    assert shown(board).Tags()["images"] == ["test/wrong"]
 
 
 def test_no_wrong_image_is_no_picture(board: SummaryWriter) -> None:
     split = Split.of(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
-    dashboard.add_test_pictures(board, "val", split, torch.eye(2), ("a", "b"), 1)
-    assert shown(board).Tags()["images"] == ["val/confusion"]
+    dashboard.add_wrong_images(board, "val", split, torch.eye(2), ("a", "b"), 1)
+    assert shown(board).Tags()["images"] == []
+
+
+def test_names_of_classes_may_be_anything_that_a_folder_can_be_called(board: SummaryWriter) -> None:
+    names = ("caf\udce9", "$\\frac$", "two\nlines", "a|b/c", " ", "$a_b$")
+    split = Split.of(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.arange(6))
+    for add in (dashboard.add_confusion, dashboard.add_wrong_images, dashboard.add_curves):
+        add(board, "test", split, torch.eye(6).flip(0), names, 1)
+    dashboard.add_projector(board, split, torch.nn.Conv2d(3, 2, 8), names, 6, 1)
+    tags = shown(board).Tags()
+    assert set(tags["images"]) == {"test/confusion", "test/wrong"}
+    assert {tag.removeprefix("test/pr/") for tag in tags["tensors"]} == set(dashboard.plain(names))
+
+
+def test_gradients_that_are_not_finite_have_no_histogram(board: SummaryWriter) -> None:
+    model = torch.nn.Linear(2, 2)
+    model.weight.grad, model.bias.grad = torch.full((2, 2), torch.nan), torch.tensor([1.0, torch.inf])
+    dashboard.add_histograms(board, model, 3)
+    assert set(shown(board).Tags()["histograms"]) == {"weights/weight", "weights/bias", "gradients/bias"}
 
 
 def test_a_grid_has_a_cell_an_image_and_captions_that_fit() -> None:
     images = torch.full((9, 3, 32, 32), 100, dtype=torch.uint8)
-    captions = [("a name that is far too long for its cell", "\udcff")] * 9
+    captions = [("a name that is far too long for its cell", "short")] * 9
     grid = dashboard.captioned_grid(images, captions)
     assert grid.dtype == np.uint8
     assert grid.shape == (2 * (dashboard.CELL + 40), 8 * (dashboard.CELL + 8), 3)
@@ -250,12 +280,15 @@ def test_the_history_says_what_became_of_each_start(board: SummaryWriter) -> Non
 def test_a_runs_line_among_hparams_has_what_is_not_default(board: SummaryWriter) -> None:
     from tensorboard.plugins.hparams import metadata
 
-    dashboard.add_hparams(board, config_of("optim.momentum=0.5", "run_dir=elsewhere", "model.args.width=3"), "test")
+    config = config_of("optim.momentum=0.5", "run_dir=elsewhere", "model.args.width=3", "train.deterministic=true")
+    dashboard.add_hparams(board, config)
     board.flush()
     events = EventAccumulator(board.log_dir).Reload()
     content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
     found = metadata.parse_session_start_info_plugin_data(content).hparams
-    assert set(found) == {*dashboard.ALWAYS, "optim.momentum", "model.args"}
+    assert set(found) == {*dashboard.ALWAYS, "optim.momentum", "model.args", "train.deterministic"}
+    assert found["optim.momentum"].number_value == 0.5
+    assert found["train.deterministic"].string_value == "true"
     assert not [path for path in Path(board.log_dir).iterdir() if path.is_dir()]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.optim import Adam
 
 from ddp_cifar.config import OptimConfig, StepClampConfig
-from ddp_cifar.optim import AdamStepClamp, Schedule, build_optimizer, load_optimizer_state, lr_factor
+from ddp_cifar.optim import AdamStepClamp, Schedule, build_optimizer, effective_lr, load_optimizer_state, lr_factor
 
 
 def test_the_rate_warms_up_and_falls_along_a_cosine() -> None:
@@ -43,6 +44,38 @@ def test_the_clamp_holds_adams_step_count(implementation: str) -> None:
     assert [step() for _ in range(7)] == [1, 2, 3, 4, 5, 6, 7], "not active"
     clamp.active = True
     assert [step() for _ in range(6)] == [4, 5, 4, 5, 4, 5]
+
+
+def test_the_effective_rate_is_what_an_update_of_equal_gradients_moves() -> None:
+    """Adam's first moments are then the gradient, the second its square: an update is the corrected rate."""
+    parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = Adam([parameter], lr=0.25, eps=0.0)
+    assert effective_lr(optimizer) is None
+    for step in (1, 2, 3):
+        parameter.grad = torch.ones(1, dtype=torch.float64)
+        optimizer.step()
+        state = optimizer.state[parameter]
+        moved = (
+            0.25 * float(state["exp_avg"] / (1 - 0.9**step)) / float((state["exp_avg_sq"] / (1 - 0.999**step)).sqrt())
+        )
+        assert moved == pytest.approx(0.25)
+        raw = float(state["exp_avg"] / state["exp_avg_sq"].sqrt())
+        assert effective_lr(optimizer) * raw == pytest.approx(moved)
+    state["step"].fill_(1000)
+    assert effective_lr(optimizer) == pytest.approx(0.25 * 0.795, rel=1e-3)
+
+
+def test_an_optimizer_without_adams_count_has_no_effective_rate() -> None:
+    frozen, free = nn.Parameter(torch.zeros(1), requires_grad=False), nn.Parameter(torch.zeros(1))
+    free.grad = torch.ones(1)
+    adam = Adam([{"params": [frozen]}, {"params": [free]}])
+    adam.step()
+    assert effective_lr(adam) == pytest.approx(1e-3 * math.sqrt(1 - 0.999) / (1 - 0.9), rel=1e-3)
+    adam.state[free]["step"].fill_(0)  # as after a first update that fp16 left out
+    assert effective_lr(adam) is None
+    sgd = torch.optim.SGD([{"params": []}, {"params": [free]}], lr=1.0)
+    sgd.step()
+    assert effective_lr(sgd) is None
 
 
 def test_the_clamp_is_right_after_a_resume() -> None:

@@ -42,6 +42,9 @@ def test_sections_may_be_nested_and_names_stay_apart(tmp_path: Path) -> None:
         "model.name=cnn,init=random,optim.name=sgd",
         "model.name=resnet9,init=random,optim.name=sgd",
     ]
+    own = "grid: {model.args.tag: ['010', 'a #b', null, 1e-3]}\n"
+    arguments = [run.arguments[0] for run in expand(write(tmp_path, own), [])]
+    assert arguments == [f"model.args.tag={value}" for value in ("'010'", "'a #b'", "null", "0.001")]
     paths = "grid: {data.root: [/a/b, c d]}\n"
     assert [run.name for run in expand(write(tmp_path, paths), [])] == ["root=-a-b", "root=c-d"]
 
@@ -56,6 +59,7 @@ def test_sections_may_be_nested_and_names_stay_apart(tmp_path: Path) -> None:
         ("grid: {seed: []}\n", [], "grid: seed in {path} is no list of values"),
         ("grid: {seed: [[1, 2]]}\n", [], "grid: seed in {path} is no list of values"),
         ("grid: {seed: [1, 1]}\n", [], "has seed=1 twice"),
+        ("grid: {optim.lr: [1], optim: {lr: [2]}}\n", [], "grid: optim.lr stands twice in {path}"),
         ("grid: {run_dir: [a, b]}\n", [], "grid: run_dir in {path}: a sweep's runs have their own"),
         ("grid: {optim.lrr: [1]}\n", [], "optim.lrr is not a key of the config; did you mean optim.lr?"),
         ("grid: {optim.lr: [1e-3, -1]}\n", [], "optim.lr=-1.0 is out of range"),
@@ -73,7 +77,7 @@ def test_a_mistake_in_a_sweep(text: str, overrides: list[str], expected: str, tm
     assert "\n" not in str(refused.value)
 
 
-def test_a_finished_run_that_is_to_be_longer_is_not_finished(tmp_path: Path) -> None:
+def test_a_run_is_finished_if_nothing_is_left_to_do_of_what_is_asked_now(tmp_path: Path) -> None:
     path, there = write(tmp_path, "grid: {seed: [0, 1, 2]}\n"), f"run_dir={tmp_path}"
     for seed, status in ((0, "finished"), (1, "stopped: SIGTERM (rank 0)")):
         (tmp_path / f"seed={seed}").mkdir()
@@ -81,6 +85,11 @@ def test_a_finished_run_that_is_to_be_longer_is_not_finished(tmp_path: Path) -> 
         (tmp_path / f"seed={seed}" / "config.yaml").write_text("train: {epochs: 3, max_steps: null}\n")
     assert [run.state for run in expand(path, [there, "train.epochs=3"])] == ["finished", "stopped", "new"]
     assert [run.state for run in expand(path, [there, "train.epochs=4"])] == ["stopped", "stopped", "new"]
+    assert [run.state for run in expand(path, [there, "train.epochs=2"])] == ["finished", "stopped", "new"]
+    another = [there, "train.epochs=3", "model.name=resnet9"]
+    assert expand(path, another)[0].state == "stopped", "train will refuse it, by name"
+    elsewhere = [there, "train.epochs=3", "device=cpu", "checkpoint.keep=9"]
+    assert expand(path, elsewhere)[0].state == "finished"
 
 
 @pytest.mark.slow
@@ -136,3 +145,5 @@ def test_a_run_that_fails_leaves_the_others_theirs(tmp_path: Path, shell: Callab
     assert "train.global_batch_size=24 makes 3 micro-batches of 8 images, which do not split over 2 ranks" in done.err
     assert done.out.count("finished: epoch 1") == 1
     assert "global_batch_size=32  finished" in done.out.splitlines()[-1]
+    last = f"== sweep: failed, with the status behind it: {tmp_path / 'runs'}/global_batch_size=24 (2)"
+    assert done.err.splitlines()[-1] == last

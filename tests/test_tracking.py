@@ -4,13 +4,20 @@ import json
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddp_cifar.log import log
 from ddp_cifar.tracking import JsonLinesTracker, build_tracker, last_value
+
+
+def wait_for_the_next_second() -> None:
+    """TensorBoard reads event files in the order of their names: by the second, and then by a number that sorts as text."""
+    time.sleep(1.01 - time.time() % 1)
 
 
 def test_rows_and_events_hold_the_same(tmp_path: Path) -> None:
@@ -32,6 +39,7 @@ def test_going_on_drops_what_was_logged_past_the_checkpoint(tmp_path: Path) -> N
     first.close()
     with open(places[0], "a") as file:
         file.write('{"step": 5, "train/lo')  # what a crash leaves
+    wait_for_the_next_second()
     second = build_tracker(*places, step=2)
     for step in (3, 4):
         second.log({"train/loss": -float(step)}, step)
@@ -45,6 +53,27 @@ def test_going_on_drops_what_was_logged_past_the_checkpoint(tmp_path: Path) -> N
         (3, -3.0),
         (4, -4.0),
     ]
+
+
+@pytest.mark.parametrize("unfinished", ["", '{"step": 2, "train/ep', '{"step": 2, "train/epoch": 1}\n'])
+def test_what_was_drawn_at_the_checkpoints_step_stays_unless_the_step_is_evaluated_again(
+    unfinished: str, tmp_path: Path
+) -> None:
+    places = (tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+    first = build_tracker(*places, step=0)
+    first.log({"train/loss": 2.0}, 2)
+    first.show(lambda board: board.add_image("test/wrong", np.zeros((4, 4, 3), np.uint8), 2, dataformats="HWC"))
+    first.close()
+    with open(places[0], "a") as file:
+        file.write(unfinished)
+    wait_for_the_next_second()
+    second = build_tracker(*places, step=2)
+    second.log({"train/loss": 1.0}, 4)
+    second.close()
+    events = EventAccumulator(str(places[1])).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
+    pictures = events.Images("test/wrong") if "test/wrong" in events.Tags()["images"] else []
+    assert [event.step for event in pictures] == ([] if unfinished else [2])
 
 
 def test_a_value_of_the_last_row_that_has_it(tmp_path: Path) -> None:

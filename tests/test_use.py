@@ -231,7 +231,7 @@ def test_compare_says_where_runs_part_and_how_seeds_spread(tmp_path: Path, capsy
     assert f"{a} and {b}: weights part after step 10, by step 15" in out
     assert out.count("weights") == 1, "other pairs have other configs"
     assert "over 2 seeds (0, 1): accuracy 70.00%, standard deviation 14.14%" in out
-    assert re.search(rf"{a} +finished +0 +3 +30 +60\.00% +70\.00% +-", out)
+    assert re.search(rf"{a} +finished +0 +\d+ +3 +30 +60\.00% +70\.00% +-", out)
     assert [row["accuracy"] for row in json.loads(table.read_text())] == [0.6, 0.6, 0.8, 0.9]
     assert plot.read_bytes().startswith(b"\x89PNG")
 

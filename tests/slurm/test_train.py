@@ -290,6 +290,9 @@ def test_a_sweep_that_was_cancelled_goes_on_with_what_is_left(cluster: Cluster, 
     names = [f"lr={lr},seed={seed}" for lr in ("5e-4", "1e-3") for seed in (0, 1)]
     runs = [copy / "a sweep" / name for name in names]
     (array,) = submit(cluster, copy, f"AT_ONCE=1 {README['sweep']}", *line)
+    refused = cluster.run("bash", "-c", f"{README['sweep']} {shlex.join(line)}", cwd=copy, timeout=90, check=False)
+    assert refused.returncode == 2
+    assert f"error: this sweep is in the queue already (job {array})" in refused.stderr
     cluster.wait_until(lambda: any(runs[1].glob("checkpoints/step_*.pt")), 120, array)
     cluster.cancel(array)
     cluster.wait_for(array, "COMPLETED", "CANCELLED", timeout=90)
@@ -313,6 +316,11 @@ def test_a_sweep_that_was_cancelled_goes_on_with_what_is_left(cluster: Cluster, 
     ]
     said = cluster.run("bash", "-c", f"{README['sweep']} {shlex.join(line)}", cwd=copy, timeout=90).stdout
     assert said == "all 4 runs are finished\n"
+
+    (runs_file,) = (copy / "a sweep").glob("runs-*.txt")
+    beyond = cluster.sbatch("--array=5", TRAIN, f"@{runs_file}", cwd=tmp_path)
+    cluster.wait_for(beyond, "FAILED")
+    assert "expected a file that has the arguments of task 5 in its line 5" in cluster.log(beyond)
 
 
 def test_requeues_have_a_bound(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
