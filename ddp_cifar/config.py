@@ -304,6 +304,8 @@ class TrackingConfig:
     """Show the network's graph in TensorBoard."""
     projector: bool = False
     """At the run's end, show what the network makes of 1,000 test images in TensorBoard's projector."""
+    hparams: list[str] = field(default_factory=list)
+    """[KEY, ...]: settings that TensorBoard's HPARAMS tab shows first. A sweep names its own."""
 
     def __post_init__(self) -> None:
         for name in ("pictures_every", "histograms_every"):
@@ -417,6 +419,8 @@ def load_config(argv: Sequence[str], tables: Tables, base: Mapping[str, Any] | N
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from error
     assert isinstance(config, Config)
+    for key in config.tracking.hparams:
+        _check_key(key, "...", "tracking.hparams: ")
     for key, table in tables.items():
         if (name := get(config, key)) is not None:
             find(key, name, table)
@@ -636,9 +640,13 @@ def as_argument(key: str, text: str, value: object) -> str:
     return f"{key}={text}"
 
 
+def setting_of(key: str) -> str:
+    """The key itself, or the section that takes any key in which it is: `model.args` for `model.args.width`."""
+    return next((name for name in _free_sections() if key.startswith(f"{name}.")), key)
+
+
 def _is_free(key: str) -> bool:
-    """True for what is in a section that takes any key, such as `model.args.width`."""
-    return any(key.startswith(f"{name}.") for name in _free_sections())
+    return setting_of(key) != key
 
 
 def _check_key(key: str, value: object, source: str) -> None:

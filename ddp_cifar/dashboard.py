@@ -5,6 +5,7 @@ Each function puts something into a SummaryWriter, on rank 0, where `Tracker.sho
 
 import copy
 import time
+import typing
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddp_cifar.config import ELSEWHERE, Config, as_typed, flatten, to_dict, to_yaml
+from ddp_cifar.config import ELSEWHERE, Config, as_typed, fields, flatten, to_dict, to_yaml
 from ddp_cifar.data.augment import augment, normalize
 from ddp_cifar.data.dataset import Split
 from ddp_cifar.data.loader import TrainLoader
@@ -34,8 +35,8 @@ MOST_CLASSES, MOST_NAMES = 20, 60
 """So many classes have a curve of precision and recall each, and numbers in the confusion matrix; and names there."""
 PROJECTED_IMAGES, SPRITE = 1000, 64
 """Points of the projector, and the most pixels that their pictures are wide."""
-ALWAYS = ("seed", "model.name", "optim.lr", "optim.weight_decay", "train.global_batch_size", "train.epochs")
-"""Settings in the HPARAMS tab, beside those that are not the default."""
+COLUMNS = ("model.name", "optim.lr", "seed")
+"""Settings that the HPARAMS tab shows at first, with those of a sweep."""
 
 LAYOUT = {
     "1. Does it learn?": {
@@ -107,19 +108,39 @@ def add_history(board: "SummaryWriter", starts: Sequence[Start], ended: str, ste
     board.add_text("history", _markdown(head, rows), step)
 
 
-def add_hparams(board: "SummaryWriter", config: Config) -> None:
-    """The run's line in the HPARAMS tab: within its own event file, no folder besides. TensorBoard finds its results there."""
+def add_hparams(board: "SummaryWriter", config: Config, split: str) -> None:
+    """The run's line in the HPARAMS tab, with its last results on `split`: within its own event file, no folder besides.
+
+    It lists all settings, as TensorBoard takes any one run's list for all of them. A cell is empty where the value is null.
+    """
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
 
-    default = flatten(to_dict(Config()))
-    shown = {
-        key: value if isinstance(value, int | float) and not isinstance(value, bool) else as_typed(value)
-        for key, value in flatten(to_dict(config)).items()
-        if key in ALWAYS or (value != default[key] and not key.startswith(ELSEWHERE))
-    }
-    # not the summary of an experiment: TensorBoard takes any one run's for all, and so lacks what only others have
-    _, session, _ = hparams(shown, {})
-    board._get_file_writer().add_summary(session)
+    flat = flatten(to_dict(config))
+    types = {key: annotation for key, annotation, *_ in fields() if not key.startswith(ELSEWHERE)}
+    values = {key: _as_hparam(flat[key]) for key in types}
+    tags = (f"{split}/accuracy", f"{split}/loss", "train/epoch_loss", "train/epoch_images_per_s")
+    # torch takes the types of the list's settings from values
+    samples = {key: _sample(types[key]) if value is None else value for key, value in values.items()}
+    listed, _, _ = hparams(samples, dict.fromkeys(tags, 0.0))
+    list_data = listed.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(list_data.content)
+    for setting in content.experiment.hparam_infos:
+        setting.differs = setting.name in (*COLUMNS, *config.tracking.hparams)  # which TensorBoard shows first
+    list_data.content = content.SerializeToString()
+    _, line, _ = hparams({key: value for key, value in values.items() if value is not None}, {})
+    for summary in (listed, line):
+        board._get_file_writer().add_summary(summary)
+
+
+def _as_hparam(value: object) -> float | str | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number or value is None else as_typed(value)  # type: ignore[return-value]
+
+
+def _sample(annotation: Any) -> float | str:
+    """A value of a setting's type, as `_as_hparam` has it."""
+    return 0.0 if {int, float} & set(typing.get_args(annotation)) else ""
 
 
 def add_training_images(board: "SummaryWriter", loader: TrainLoader, classes: Sequence[str]) -> None:

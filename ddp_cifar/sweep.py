@@ -23,6 +23,7 @@ from ddp_cifar.config import (
     flatten,
     load_config,
     read_yaml,
+    setting_of,
     short_names,
     to_dict,
 )
@@ -85,6 +86,7 @@ def expand(path: Path, overrides: Sequence[str]) -> list[SweptRun]:
     folder = next((a.removeprefix("run_dir=") for a in reversed(overrides) if a.startswith("run_dir=")), None)
     shared = [texts["config"]] if texts.get("config") else []
     shared += [argument for argument in overrides if not argument.startswith("run_dir=")]
+    shared.append(f"tracking.hparams=[{','.join(dict.fromkeys(map(setting_of, grid)))}]")
     names = short_names(grid)
     runs: dict[str, SweptRun] = {}
     for combination in itertools.product(*grid.values()):

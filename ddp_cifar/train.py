@@ -161,7 +161,7 @@ def start_records(
     tracker.show(lambda board: dashboard.add_config(board, config, step))
     tracker.show(lambda board: dashboard.add_environment(board, versions(), places, step))
     tracker.show(lambda board: dashboard.add_history(board, run_dir.read_starts(), "running", step))
-    tracker.show(lambda board: dashboard.add_hparams(board, config))
+    tracker.show(lambda board: dashboard.add_hparams(board, config, "test" if trainer.test else "val"))
     if step == 0 and config.tracking.pictures_every:
         tracker.show(lambda board: dashboard.add_training_images(board, trainer.train, trainer.classes))
     if step == 0 and config.tracking.graph:

@@ -97,10 +97,16 @@ were_started() {
 # end_when_replaced RANK...: ranks that were still importing torch die of the signal; torchrun shall not start others for them.
 # shellcheck disable=SC2329 # by pass_on
 end_when_replaced() {
+  local pause=0 # in turns of 0.2 s
   while kill -0 "$agent" 2>/dev/null; do
     sleep 0.2
-    if kill -0 "$@" 2>/dev/null; then continue; fi
-    if pgrep -P "$agent" >/dev/null; then kill -TERM "$agent" 2>/dev/null || true; fi
+    pause=$((pause - 1))
+    if [ "$pause" -gt 0 ] || kill -0 "$@" 2>/dev/null; then continue; fi
+    if [ "$(pgrep -P "$agent" | wc -l)" -ge $# ]; then
+      sleep 0.3 # torchrun ends those that it knows of, once all are started
+      kill -TERM "$agent" 2>/dev/null || true
+      pause=25 # another signal, when it is about to end, would kill it
+    fi
   done
 }
 trap 'pass_on INT' INT

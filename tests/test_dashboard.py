@@ -155,7 +155,7 @@ def test_a_tensorboard_serves_all_of_it(finished: Run) -> None:
         (curves,) = ask(f"{plugins}/pr_curves/tags").values()
         assert len(curves) == 10
         experiment = ask(f"{plugins}/hparams/experiment", {"experimentName": ""})
-        assert {info["name"] for info in experiment["hparamInfos"]} >= {*dashboard.ALWAYS, "train.ema_decay"}
+        assert {info["name"] for info in experiment["hparamInfos"]} >= {*dashboard.COLUMNS, "train.ema_decay"}
         assert ask(f"{address}/data/environment")["data_location"] == str(finished.path)
         (projected,) = ask(f"{plugins}/projector/runs")
         config = ask(f"{plugins}/projector/info", run=projected)
@@ -277,18 +277,27 @@ def test_the_history_says_what_became_of_each_start(board: SummaryWriter) -> Non
     assert ends == ["crashed", "stopped: SIGTERM", "finished"]
 
 
-def test_a_runs_line_among_hparams_has_what_is_not_default(board: SummaryWriter) -> None:
-    from tensorboard.plugins.hparams import metadata
+def test_a_runs_line_among_hparams_has_all_settings_and_its_list_fits_every_run(board: SummaryWriter) -> None:
+    from tensorboard.plugins.hparams import api_pb2, metadata
 
-    config = config_of("optim.momentum=0.5", "run_dir=elsewhere", "model.args.width=3", "train.deterministic=true")
-    dashboard.add_hparams(board, config)
-    board.flush()
-    events = EventAccumulator(board.log_dir).Reload()
-    content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
-    found = metadata.parse_session_start_info_plugin_data(content).hparams
-    assert set(found) == {*dashboard.ALWAYS, "optim.momentum", "model.args", "train.deterministic"}
+    changed = ("optim.momentum=0.5", "run_dir=elsewhere", "model.args.width=3", "train.deterministic=true")
+    config = config_of(*changed, "tracking.hparams=[train.clip_norm]")
+    dashboard.add_hparams(board, config, "test")
+    events = shown(board)
+    start = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    found = metadata.parse_session_start_info_plugin_data(start).hparams
     assert found["optim.momentum"].number_value == 0.5
     assert found["train.deterministic"].string_value == "true"
+    assert found["model.args"].string_value == "{'width': 3}"
+    assert "run_dir" not in found
+    assert "train.clip_norm" not in found, "it is null"
+    experiment = events.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+    listed = metadata.parse_experiment_plugin_data(experiment).hparam_infos
+    settings = {info.name: info.type for info in listed}
+    assert set(found) < set(settings)
+    assert settings["train.clip_norm"] == settings["seed"] == api_pb2.DATA_TYPE_FLOAT64
+    assert settings["train.deterministic"] == settings["precision"] == api_pb2.DATA_TYPE_STRING
+    assert {info.name for info in listed if info.differs} == {*dashboard.COLUMNS, "train.clip_norm"}
     assert not [path for path in Path(board.log_dir).iterdir() if path.is_dir()]
 
 

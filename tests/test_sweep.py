@@ -28,7 +28,7 @@ def test_each_combination_is_a_run_with_values_as_they_were_typed(tmp_path: Path
     runs = expand(write(tmp_path, GRID), ["train.epochs=2"])
     assert [run.name for run in runs] == ["lr=5e-4,seed=0", "lr=5e-4,seed=1", "lr=1e-3,seed=0", "lr=1e-3,seed=1"]
     assert runs[1].arguments == [
-        *("configs/demo.yaml", "train.epochs=2", "optim.lr=5e-4", "seed=1"),
+        *("configs/demo.yaml", "train.epochs=2", "tracking.hparams=[optim.lr,seed]", "optim.lr=5e-4", "seed=1"),
         "run_dir=runs/sweeps/some/lr=5e-4,seed=1",
     ]
     assert {run.state for run in runs} == {"new"}
@@ -43,7 +43,7 @@ def test_sections_may_be_nested_and_names_stay_apart(tmp_path: Path) -> None:
         "model.name=resnet9,init=random,optim.name=sgd",
     ]
     own = "grid: {model.args.tag: ['010', 'a #b', null, 1e-3]}\n"
-    arguments = [run.arguments[0] for run in expand(write(tmp_path, own), [])]
+    arguments = [run.arguments[1] for run in expand(write(tmp_path, own), [])]
     assert arguments == [f"model.args.tag={value}" for value in ("'010'", "'a #b'", "null", "0.001")]
     paths = "grid: {data.root: [/a/b, c d]}\n"
     assert [run.name for run in expand(write(tmp_path, paths), [])] == ["root=-a-b", "root=c-d"]
