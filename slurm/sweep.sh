@@ -31,7 +31,7 @@ eval "arguments=($first)" # as Python's shlex has quoted them
 look_before_the_queue
 folder=$(dirname "${arguments[-1]#run_dir=}")
 name=sweep-${folder//[^[:alnum:]._-]/-}
-waiting=$(squeue --me --noheader --name="$name" --states=PENDING,RUNNING,SUSPENDED --format=%A | sort -u | paste -sd ' ')
+waiting=$(squeue --me --noheader --name="$name" --states=PENDING,RUNNING,SUSPENDED --format=%F | sort -u | paste -sd ' ')
 [ -z "$waiting" ] || refuse "this sweep is in the queue already (job $waiting): wait for it, or scancel it"
 mkdir -p "$folder"
 # tasks of an earlier submission may be requeued, and read their lines again: another sweep is another file
