@@ -85,8 +85,8 @@ def expand(path: Path, overrides: Sequence[str]) -> list[SweptRun]:
         raise UserError(f"{again[0]}: {path} has values of {again[0].split('=')[0]} in its grid: change them there")
     folder = next((a.removeprefix("run_dir=") for a in reversed(overrides) if a.startswith("run_dir=")), None)
     shared = [texts["config"]] if texts.get("config") else []
-    shared += [argument for argument in overrides if not argument.startswith("run_dir=")]
     shared.append(f"tracking.hparams=[{','.join(dict.fromkeys(map(setting_of, grid)))}]")
+    shared += [argument for argument in overrides if not argument.startswith("run_dir=")]
     names = short_names(grid)
     runs: dict[str, SweptRun] = {}
     for combination in itertools.product(*grid.values()):
@@ -116,8 +116,8 @@ def _lists(texts: Any, values: Any, path: Path, prefix: str = "") -> dict[str, l
             f"{prefix[:-1] or 'grid'} in {path} holds no keys: expected lines of the form key: [value, ...]"
         )
     found: dict[str, list[Value]] = {}
-    for name, value in values.items():
-        text, key = texts[str(name)], f"{prefix}{name}"
+    for (name, text), value in zip(texts.items(), values.values(), strict=True):
+        key = f"{prefix}{name}"
         if isinstance(text, dict):
             new = _lists(text, value, path, f"{key}.")
         elif not isinstance(text, list) or not text or not all(isinstance(each, str) for each in text):

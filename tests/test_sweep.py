@@ -28,7 +28,7 @@ def test_each_combination_is_a_run_with_values_as_they_were_typed(tmp_path: Path
     runs = expand(write(tmp_path, GRID), ["train.epochs=2"])
     assert [run.name for run in runs] == ["lr=5e-4,seed=0", "lr=5e-4,seed=1", "lr=1e-3,seed=0", "lr=1e-3,seed=1"]
     assert runs[1].arguments == [
-        *("configs/demo.yaml", "train.epochs=2", "tracking.hparams=[optim.lr,seed]", "optim.lr=5e-4", "seed=1"),
+        *("configs/demo.yaml", "tracking.hparams=[optim.lr,seed]", "train.epochs=2", "optim.lr=5e-4", "seed=1"),
         "run_dir=runs/sweeps/some/lr=5e-4,seed=1",
     ]
     assert {run.state for run in runs} == {"new"}
@@ -60,6 +60,7 @@ def test_sections_may_be_nested_and_names_stay_apart(tmp_path: Path) -> None:
         ("grid: {seed: [[1, 2]]}\n", [], "grid: seed in {path} is no list of values"),
         ("grid: {seed: [1, 1]}\n", [], "has seed=1 twice"),
         ("grid: {optim.lr: [1], optim: {lr: [2]}}\n", [], "grid: optim.lr stands twice in {path}"),
+        ("grid: {on: [1]}\n", [], "on is not a key of the config"),
         ("grid: {run_dir: [a, b]}\n", [], "grid: run_dir in {path}: a sweep's runs have their own"),
         ("grid: {optim.lrr: [1]}\n", [], "optim.lrr is not a key of the config; did you mean optim.lr?"),
         ("grid: {optim.lr: [1e-3, -1]}\n", [], "optim.lr=-1.0 is out of range"),
