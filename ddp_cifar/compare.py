@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ddp_cifar.command import Arguments, percent, run_command, show, writing
-from ddp_cifar.config import ELSEWHERE, Config, as_typed, flatten, short_names, to_dict
+from ddp_cifar.config import as_typed, essential, short_names
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
 from ddp_cifar.run_dir import RunDir
@@ -32,7 +32,7 @@ class Run:
     path: Path
     status: str
     config: dict[str, Any]
-    """By dotted keys, without `ELSEWHERE`."""
+    """What is `essential` of it, by dotted keys."""
     rows: list[Row]
 
     @staticmethod
@@ -49,9 +49,7 @@ class Run:
             raise UserError(f"{path} is not the run_dir of a run ({error.strerror}: {error.filename})") from error
         except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
-        whole = flatten(to_dict(Config())) | flatten(config)  # a key that the run is too old for has its default
-        kept = {key: value for key, value in whole.items() if not key.startswith(ELSEWHERE)}
-        return Run(path, run_dir.read_status(), kept, rows)
+        return Run(path, run_dir.read_status(), essential(config), rows)
 
     @property
     def evaluations(self) -> list[Row]:

@@ -457,6 +457,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def essential(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a config as nested dicts, by dotted keys: what changes what a run computes. A key that it lacks has its default."""
+    whole = flatten(to_dict(Config())) | flatten(values)
+    return {key: value for key, value in whole.items() if not key.startswith(ELSEWHERE)}
+
+
 def short_names(keys: Iterable[str]) -> dict[str, str]:
     """Each key's last part, such as `lr` for `optim.lr`, where that tells it from the others; else the key."""
     last = {key: key.rpartition(".")[2] for key in keys}

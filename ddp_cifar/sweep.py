@@ -17,10 +17,9 @@ import yaml
 
 from ddp_cifar.command import Arguments, run_command, show
 from ddp_cifar.config import (
-    ELSEWHERE,
     Config,
     as_argument,
-    flatten,
+    essential,
     load_config,
     read_yaml,
     setting_of,
@@ -141,12 +140,11 @@ def _state(path: str, config: Config) -> str:
     if state != "finished":
         return state
     try:
-        saved = yaml.safe_load((run_dir.path / "config.yaml").read_text(encoding="utf-8"))
-        before = flatten(to_dict(load_config([], TABLES, base=saved)))
-    except (OSError, yaml.YAMLError, UserError, AttributeError):
+        before = essential(yaml.safe_load((run_dir.path / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, AttributeError):
         return "stopped"
-    now = flatten(to_dict(config))
-    different = {key for key in now if now[key] != before[key] and not key.startswith(ELSEWHERE)}
+    now = essential(to_dict(config))
+    different = {key for key in now if now[key] != before[key]}
     if different == {"train.epochs"} and before["train.epochs"] > now["train.epochs"]:
         return state
     return "stopped" if different else state
