@@ -1,30 +1,34 @@
-"""List a run's checkpoints, each read and verified: `python -m ddp_cifar.checkpoints RUN_DIR`."""
+"""List a run's checkpoints, after reading and verifying each: `python -m ddp_cifar.checkpoints RUN_DIR`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from ddp_cifar.checkpoint import Checkpoints, State, load_checkpoint
 from ddp_cifar.command import EXIT_FAILED, run_command
 from ddp_cifar.errors import UserError
-from ddp_cifar.run_dir import RunDir
+from ddp_cifar.run.run_dir import RunDir
 
-USAGE = "usage: python -m ddp_cifar.checkpoints RUN_DIR (or a folder of checkpoints)"
+USAGE = "usage: python -m ddp_cifar.checkpoints RUN_DIR|CHECKPOINT_FOLDER"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table; returns 0, or 1 if no checkpoint is good."""
+    """Print the table; return 0, or 1 if no checkpoint is valid."""
     if "-h" in argv or "--help" in argv:
         print(USAGE)
         return 0
     if len(argv) != 1:
-        raise UserError(f"found {len(argv)} arguments, expected one; {USAGE}")
+        raise UserError(f"found {len(argv)} arguments, expected 1; {USAGE}")
+
+    from ddp_cifar.run.checkpoint_file import load_checkpoint  # imports torch, which takes seconds
+    from ddp_cifar.run.checkpoint_store import Checkpoints
+
     run_dir = RunDir(argv[0])
     folder = run_dir.checkpoints if run_dir.checkpoints.is_dir() else run_dir.path
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: expected the run_dir of a run, or a folder of checkpoints")
+        raise UserError(f"{folder} is not a folder: expected a run_dir, or a folder of checkpoints")
     paths = Checkpoints(folder, keep=1).paths()
     if not paths:
-        raise UserError(f"there are no checkpoints in {folder}: expected files step_*.pt")
+        raise UserError(f"{folder} has no checkpoints: expected files step_*.pt")
     if status := run_dir.read_status():
         print(f"{run_dir.path}: {status}")
 
@@ -40,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
             where, verified = _where(load_checkpoint(path)), "yes"
             good += 1
         except FileNotFoundError:
-            continue  # the run has just removed it
+            continue  # the run has just deleted it
         except UserError as error:
             where, verified = f"{'':>8} {'':>8}  {'':<34}", f"NO: {error}"
         note = f" ({', '.join(links[path.name])})" if path.name in links else ""
@@ -48,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     return 0 if good else EXIT_FAILED
 
 
-def _where(state: State) -> str:
+def _where(state: Mapping[str, Any]) -> str:
     progress = state["progress"]
     epoch = f"{progress['epoch']}" + (f"+{progress['step_in_epoch']}" if progress["step_in_epoch"] else "")
     accuracies = [

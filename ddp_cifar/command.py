@@ -1,4 +1,4 @@
-"""What every command does around its `main`: a user's mistake is one line, a bug keeps its traceback, both are recorded."""
+"""Shared code of all commands: arguments, exit statuses, one-line user errors, and formatting for tables."""
 
 import argparse
 import contextlib
@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ddp_cifar.distributed import is_lost_peer, place_from_environment
-from ddp_cifar.errors import RunError, UserError
+from ddp_cifar.distributed.environment import is_lost_peer, rank_and_world_size
+from ddp_cifar.errors import RunError, UserError, first_line
 from ddp_cifar.log import log, set_up_logging
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_SAVE_FAILED = 1, 2, 3
 
 
 class Arguments(argparse.ArgumentParser):
-    """A command's arguments, in its docstring's words. What it cannot read is a `UserError`, one line."""
+    """An argument parser with the command's docstring as `--help` text. It raises `UserError` for invalid arguments."""
 
     def __init__(self, module: str, description: str | None) -> None:
         super().__init__(
@@ -31,21 +31,21 @@ class Arguments(argparse.ArgumentParser):
 
 
 def check_counts(options: argparse.Namespace, *names: str) -> None:
-    """Raise `UserError` where one of these options is given and is not 1 or more."""
+    """Raise `UserError` if one of these options is given and is less than 1."""
     for name in names:
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range: expected 1 or more")
 
 
 def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Run `main(argv)` and exit: its status, 2 after a `UserError`, 1 after any other exception.
+    """Run `main(argv)` and exit with its status, with 2 after a `UserError`, or with 1 after any other exception.
 
-    The exception is also left where torchrun looks for it, so that its report, and launch/*.sh, repeat the line. But for
-    that of a rank whose peers are gone, which is no reason.
+    The exception is also recorded for torchrun, so that torchrun's report and launch/*.sh repeat the line. A lost peer is
+    not recorded, because it is not the cause of the failure.
     """
     set_up_logging(0, 1)
     try:
-        set_up_logging(*place_from_environment())
+        set_up_logging(*rank_and_world_size())
         status = main(sys.argv[1:])
     except UserError as error:
         log.error(error)
@@ -59,23 +59,23 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
     except Exception as error:
         status = EXIT_FAILED
         if is_lost_peer(error):
-            log.error(f"another rank is gone, so this one ends ({str(error).splitlines()[0]})")
+            log.error(f"a peer rank exited; shutting down ({first_line(error)})")
         else:
             details = "".join(traceback.format_exception(error)).rstrip()
             log.error(details)
             record_error(f"{type(error).__name__}: {error}", status, details)
     _flush()
-    # past the interpreter's own end, which could wait for peers that are gone, and in which a signal would still kill
+    # skip the interpreter's shutdown: it could wait for lost peers, and a signal could still change the exit status
     os._exit(status)
 
 
 def leave(message: str) -> NoReturn:
-    """End this process at once, from any thread and whatever the others do, with an error of one line."""
+    """Exit immediately with a one-line error, from any thread, whatever the other threads do."""
     try:
         log.error(message)
         record_error(message, EXIT_FAILED)
         _flush()
-    finally:  # even where there is no terminal any more
+    finally:  # even if the terminal is closed
         os._exit(EXIT_FAILED)
 
 
@@ -86,49 +86,52 @@ def _flush() -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """The body writes the file that the user has named. Raises `UserError` if it cannot."""
+    """Context manager around code that writes all of `path`, which the user chose. Raises `UserError` if it cannot."""
+    with writing_part(path):
+        yield
+    log.info(f"wrote {path}")
+
+
+@contextlib.contextmanager
+def writing_part(path: Path) -> Iterator[None]:
+    """Like `writing`, for code that writes only a part of `path`, so that success is not logged."""
     try:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): choose another file") from error
-    log.info(f"wrote {path}")
-
-
-def show(text: str) -> None:
-    """Print on the terminal, whatever is in the names of files; a reader that has gone, such as `head`, has seen enough."""
-    sys.stdout.flush()
-    output = getattr(sys.stdout, "buffer", None)
-    try:
-        if output is None:
-            print(text, flush=True)
-        else:
-            output.write(f"{text}\n".encode(sys.stdout.encoding, "surrogateescape"))
-            output.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail again
 
 
 def percent(share: float | None) -> str:
-    """A share of 0 to 1 as a table has it."""
+    """Format a fraction from 0 to 1 as percent, None as `-`."""
     return "-" if share is None else f"{100 * share:.2f}%"
 
 
 def megabytes(num_bytes: float, digits: int = 1) -> str:
-    """As a table has it: so many MB, of a million bytes, with `digits` behind the point; GB from one on."""
+    """Format bytes as MB (10^6 bytes) with `digits` decimals, or as GB if 1 GB or more."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.{digits}f} MB"
 
 
-def record_error(message: str, status: int, details: str = "") -> None:
-    """Leave the error where torchrun looks for it, in the form that torch's `@record` writes.
+def span(fewest: int, most: int) -> str:
+    """Format a range: `3`, or `2 to 3` if the ends differ."""
+    return str(most) if fewest == most else f"{fewest} to {most}"
 
-    (`@record` itself would print a traceback, and put one into torchrun's report, for a user's mistake too.) Beside it
-    go `error.txt`, the one line that launch/*.sh repeat, and `error.status`, the exit status that they end with.
+
+def counted(number: int | str, noun: str, plural: str = "") -> str:
+    """Format a count with its noun: `1 rank`, `3 ranks`, `2 to 3 ranks`."""
+    return f"{number} {noun if str(number) == '1' else plural or noun + 's'}"
+
+
+def record_error(message: str, status: int, details: str = "") -> None:
+    """Write the error to the file that torchrun reads, in the format of torch's `@record`.
+
+    (`@record` itself would also print a traceback, and add one to torchrun's report, for a user error.) Next to that
+    file, `error.txt` has the line that launch/*.sh repeat, and `error.status` the exit status that they return.
     """
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
         extra = {"py_callstack": details or message, "timestamp": str(int(time.time()))}
         line = f"[rank {os.environ.get('RANK')}] error: {message}\n"
-        with contextlib.suppress(OSError):  # a torchrun that is gone has taken its folder along
+        with contextlib.suppress(OSError):  # torchrun may have exited and removed its folder
             path.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
             path.with_suffix(".status").write_text(f"{status}\n")
             path.with_suffix(".txt").write_text(line, errors="backslashreplace")

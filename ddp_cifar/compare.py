@@ -1,9 +1,9 @@
-"""Runs beside each other: `python -m ddp_cifar.compare RUN_DIR ...`.
+"""Compare runs: `python -m ddp_cifar.compare RUN_DIR ...`.
 
-A row a run, from its metrics.jsonl: what in its config the others do not have, how far it came, its last and its best accuracy,
-its speed. Runs that differ in nothing but the seed also get a row together: mean and standard deviation. Of runs with the same
-config, or the same but for the number of ranks and where they are kept, it says the first step at which their weights part, by
-their fingerprints.
+Prints one row per run from its metrics.jsonl: the settings in which the runs differ, the progress, the last and the best
+accuracy, and the speed. For runs that differ only in the seed, it prints mean and standard deviation of the accuracy. For two
+runs with the same config (apart from run_dir, hardware and the number of ranks), it prints the first step at which the
+fingerprints of their weights differ.
 """
 
 import itertools
@@ -16,44 +16,43 @@ from typing import Any
 
 import yaml
 
-from ddp_cifar.command import Arguments, percent, run_command, show, writing
-from ddp_cifar.config import as_typed, essential, short_names
-from ddp_cifar.errors import UserError
-from ddp_cifar.log import log
-from ddp_cifar.run_dir import RunDir
+from ddp_cifar.command import Arguments, percent, run_command, writing
+from ddp_cifar.config import as_typed, result_keys, short_names
+from ddp_cifar.errors import UserError, first_line
+from ddp_cifar.log import log, show
+from ddp_cifar.run.run_dir import RunDir
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run_dir says."""
+    """The content of a run_dir."""
 
     path: Path
     status: str
     config: dict[str, Any]
-    """What is `essential` of it, by dotted keys."""
+    """Only `result_keys`, by dotted keys."""
     rows: list[Row]
 
     @staticmethod
     def read(path: Path) -> "Run":
-        """Raises `UserError` if it is not the run_dir of a run."""
+        """Read the run_dir `path`. Raises `UserError` if it is none."""
         run_dir = RunDir(str(path))
         try:
             config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
             lines = run_dir.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            rows = [
-                json.loads(line) for line in lines if line.endswith("\n")
-            ]  # of a run under way the last may be half
+            # while the run is running, its last line may be incomplete
+            rows = [json.loads(line) for line in lines if line.endswith("\n")]
         except OSError as error:
-            raise UserError(f"{path} is not the run_dir of a run ({error.strerror}: {error.filename})") from error
+            raise UserError(f"{path} is not a run_dir ({error.strerror}: {error.filename})") from error
         except (yaml.YAMLError, ValueError) as error:
-            raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
-        return Run(path, run_dir.read_status(), essential(config), rows)
+            raise UserError(f"{path} is damaged: {first_line(error)}") from error
+        return Run(path, run_dir.read_status(), result_keys(config), rows)
 
     @property
     def evaluations(self) -> list[Row]:
-        """The rows that have an accuracy on test images, or else on held-out ones."""
+        """The rows with an accuracy on the test set, or else on held-out images."""
         return [row for row in self.rows if self.tag in row]
 
     @property
@@ -62,40 +61,40 @@ class Run:
 
     @property
     def accuracy(self) -> float | None:
-        """The last one: choosing the best by test images would flatter it."""
+        """The last accuracy: the best one, chosen on test images, would be biased."""
         return self.evaluations[-1][self.tag] if self.evaluations else None
 
     @property
     def images_per_s(self) -> float | None:
-        """The median over rows; of a run too short to have some, over epochs."""
+        """The median over rows, or over epochs if the run is too short to have such rows."""
         for tag in ("train/images_per_s", "train/epoch_images_per_s"):
             if speeds := [row[tag] for row in self.rows if row.get(tag)]:
                 return float(statistics.median(speeds))
         return None
 
     def seconds(self) -> list[float]:
-        """Of each evaluation: training and evaluating since the run's start, as far as rows tell."""
+        """Productive seconds (training and evaluation) from the run's start to each evaluation; 0 where not recorded."""
         return [row.get("run/productive_s", 0.0) for row in self.evaluations]
 
     def fingerprints(self) -> dict[int, str]:
-        """By step."""
+        """The fingerprints of the weights by step."""
         return {row["step"]: row["fingerprint"] for row in self.rows if "fingerprint" in row}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the tables, draw the plot where it is asked for, and return the exit status."""
+    """Print the tables, draw the plot if requested, and return the exit status."""
     parser = Arguments("ddp_cifar.compare", __doc__)
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path)
     parser.add_argument("--json", type=Path, help="write the table to this file")
-    parser.add_argument("--png", type=Path, help="draw accuracy against steps, time and images into this file")
+    parser.add_argument("--png", type=Path, help="plot accuracy against steps, time and images to this file")
     options = parser.parse_intermixed_args(argv)
-    begun = [path for path in options.run_dirs if not (path / "lock").exists() or RunDir(str(path)).metrics.exists()]
-    for path in sorted(set(options.run_dirs) - set(begun)):
-        log.warning(f"{path} is left out: its run has not begun")
-    if not begun:
-        raise UserError("none of these runs has begun")
-    runs = [Run.read(path) for path in begun]
-    show("\n".join([_table(runs), *_over_seeds(runs), *_partings(runs)]))
+    started = [path for path in options.run_dirs if not (path / "lock").exists() or RunDir(str(path)).metrics.exists()]
+    for path in sorted(set(options.run_dirs) - set(started)):
+        log.warning(f"{path} is skipped: its run has no metrics yet")
+    if not started:
+        raise UserError("none of these runs has metrics yet: try again later")
+    runs = [Run.read(path) for path in started]
+    show("\n".join([_table(runs), *_over_seeds(runs), *_divergences(runs)]))
     if options.json:
         with writing(options.json):
             options.json.write_text(json.dumps([_summary(run) for run in runs], indent=1) + "\n", encoding="utf-8")
@@ -121,7 +120,7 @@ def _summary(run: Run) -> Row:
 
 
 def _different(runs: Sequence[Run]) -> dict[str, str]:
-    """Keys of the config, but for the seed, in which runs differ, and a short name of each."""
+    """The keys, except the seed, in which the runs' configs differ, each with a short name."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key != "seed")
     different = [key for key in keys if len({as_typed(run.config.get(key)) for run in runs}) > 1]
     names = short_names(["seed", *different])
@@ -148,7 +147,7 @@ def _table(runs: Sequence[Run]) -> str:
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    words = 2  # columns, which begin at one place; numbers end at one
+    words = 2  # the first columns are words, aligned left; the others are numbers, aligned right
     return "\n".join(
         "  ".join(f"{cell:{'<' if i < words else '>'}{widths[i]}}" for i, cell in enumerate(row)).rstrip()
         for row in rows
@@ -156,11 +155,11 @@ def _table(runs: Sequence[Run]) -> str:
 
 
 def _over_seeds(runs: Sequence[Run]) -> list[str]:
-    """A line for each group of runs that are alike but for the seed."""
+    """One line per group of runs that differ only in the seed."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        alike = {key: value for key, value in run.config.items() if key != "seed"}
-        groups.setdefault(json.dumps(alike, sort_keys=True), []).append(run)
+        shared = {key: value for key, value in run.config.items() if key != "seed"}
+        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(run)
     lines, different = [], _different(runs)
     for group in groups.values():
         by_seed = {
@@ -170,16 +169,16 @@ def _over_seeds(runs: Sequence[Run]) -> list[str]:
             continue
         accuracies = [run.accuracy for run in by_seed.values() if run.accuracy is not None]
         mean, std = statistics.mean(accuracies), statistics.stdev(accuracies)
-        own = "".join(f"{short}={as_typed(group[0].config.get(key))}, " for key, short in different.items())
+        label = "".join(f"{short}={as_typed(group[0].config.get(key))}, " for key, short in different.items())
         lines.append(
-            f"{own}over {len(by_seed)} seeds ({', '.join(str(seed) for seed in by_seed)}): accuracy {percent(mean)}, "
+            f"{label}over {len(by_seed)} seeds ({', '.join(str(seed) for seed in by_seed)}): accuracy {percent(mean)}, "
             f"standard deviation {percent(std)}"
         )
     return lines
 
 
-def _partings(runs: Sequence[Run]) -> list[str]:
-    """A line for each two runs of one config: where their weights part."""
+def _divergences(runs: Sequence[Run]) -> list[str]:
+    """One line per pair of runs with the same config: where their weights diverge."""
     lines = []
     for one, other in itertools.combinations(runs, 2):
         if one.config != other.config:
@@ -188,20 +187,20 @@ def _partings(runs: Sequence[Run]) -> list[str]:
         common = sorted(mine.keys() & theirs.keys())
         if not common:
             continue
-        parted = next((step for step in common if mine[step] != theirs[step]), None)
-        if parted is None:
+        first = next((step for step in common if mine[step] != theirs[step]), None)
+        if first is None:
             lines.append(
-                f"{one.path} and {other.path}: the same weights at all {len(common)} fingerprints to step {common[-1]}"
+                f"{one.path} and {other.path}: identical weights at all {len(common)} fingerprints up to step {common[-1]}"
             )
         else:
-            before = max((step for step in common if step < parted), default=0)
-            lines.append(f"{one.path} and {other.path}: weights part after step {before}, by step {parted}")
+            before = max((step for step in common if step < first), default=0)
+            lines.append(f"{one.path} and {other.path}: weights diverge after step {before}, by step {first}")
     return lines
 
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
-    """Draw each run's accuracy against steps, time and images."""
-    from matplotlib.figure import Figure  # here, as it takes a while; and without pyplot, which wants a display
+    """Plot each run's accuracy against steps, time and images."""
+    from matplotlib.figure import Figure  # imported here because it is slow; pyplot would need a display
 
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     by_steps, by_time, by_images = figure.subplots(1, 3, sharey=True)

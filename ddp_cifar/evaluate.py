@@ -1,63 +1,75 @@
-"""How good a trained network is: `[torchrun ...] python -m ddp_cifar.evaluate CHECKPOINT [key=value ...]`.
+"""Evaluate a trained network: `[torchrun ...] python -m ddp_cifar.evaluate CHECKPOINT [key=value ...]`.
 
-CHECKPOINT is a file, or the run_dir of a run, whose newest good one is taken. The config is the checkpoint's; `key=value`
-changes it, such as data.root, or eval.batch_size. On any number of ranks each image counts once.
+CHECKPOINT is a checkpoint file, or a run_dir, whose newest valid checkpoint is used. The config is the checkpoint's;
+`key=value` changes it, for example data.root or eval.batch_size. Each image counts once on any number of ranks.
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddp_cifar.command import Arguments, percent, run_command, show, writing
-from ddp_cifar.config import Tables
-from ddp_cifar.dashboard import confusion_figure
-from ddp_cifar.data import DATASETS, build_dataset
-from ddp_cifar.data.dataset import place_of
-from ddp_cifar.data.loader import EvalLoader
+from ddp_cifar.command import Arguments, percent, run_command, writing
+from ddp_cifar.config import load_config
 from ddp_cifar.errors import UserError
-from ddp_cifar.inference import Quality, check_classes, forward_pass, open_trained, split_logits, trained_model
-from ddp_cifar.models import MODELS
-from ddp_cifar.precision import pick_precision
+from ddp_cifar.log import show
 
-TABLES: Tables = {"data.name": DATASETS, "model.name": MODELS}
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's arguments. Raises `UserError`."""
+    parser = Arguments("ddp_cifar.evaluate", __doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint file, or a run_dir")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="config changes")
+    parser.add_argument(
+        "--split", choices=("test", "val", "train"), default="test", help="split to evaluate (default: test)"
+    )
+    parser.add_argument("--mirror", action="store_true", help="average the logits of each image and its mirror image")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--png", type=Path, help="plot the confusion matrix to this file")
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Evaluate as `argv` says, print the table on rank 0, and return the exit status."""
-    parser = Arguments("ddp_cifar.evaluate", __doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("overrides", metavar="key=value", nargs="*")
-    parser.add_argument("--split", choices=("test", "val", "train"), default="test", help="whose images (test)")
-    parser.add_argument("--mirror", action="store_true", help="average each image's logits with its mirror image's")
-    parser.add_argument("--json", type=Path, help="write all of it to this file")
-    parser.add_argument("--png", type=Path, help="draw the confusion matrix into this file")
-    options = parser.parse_intermixed_args(argv)
+    """Evaluate with the arguments `argv`, print the table on rank 0, and return the exit status."""
+    options = parse(argv)
+    load_config(options.overrides)  # reports a user error before the import of torch, which takes seconds
 
-    with open_trained(options.checkpoint, options.overrides, TABLES) as (world, loaded, config):
+    import torch
+
+    from ddp_cifar.data import build_dataset
+    from ddp_cifar.data.dataset import choose_data_device, is_same_data
+    from ddp_cifar.data.loader import EvalLoader
+    from ddp_cifar.inference import check_classes, open_trained, trained_model
+    from ddp_cifar.tracking.figures import confusion_figure
+    from ddp_cifar.tracking.quality import Quality
+    from ddp_cifar.training.evaluation import evaluate_split, forward_pass
+    from ddp_cifar.training.precision import pick_precision
+
+    with open_trained(options.checkpoint, options.overrides) as (world, loaded, config):
         dataset = build_dataset(config.data, world)
         check_classes(loaded, dataset.classes, config.data.name)
         split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
         if split is None:
-            raise UserError(f"--split {options.split}, but there are no such images in data.name={config.data.name}")
-        trained_on = loaded.state["progress"].get("data", "")  # older checkpoints do not say it
-        if options.split == "val" and trained_on and dataset.describe() != trained_on:
+            raise UserError(f"--split {options.split}: data.name={config.data.name} has no {options.split} images")
+        trained_on = loaded.state["progress"].get("data", "")  # absent in older checkpoints
+        if options.split == "val" and trained_on and not is_same_data(trained_on, dataset.describe()):
             raise UserError(
-                f"--split val would be other images than those held out in training, which had {trained_on}; now "
-                f"{dataset.describe()}: leave data.val_images and the data as they were"
+                f"--split val would not be the images held out in training: the checkpoint was trained on {trained_on}; "
+                f"found {dataset.describe()}: use the same data and data.val_images as in training"
             )
         model = trained_model(loaded, config, len(dataset.classes), split.image_size, world.device)
         precision = pick_precision(config.precision, world)
-        place = place_of([split], world.device, config.data.residency)
+        place = choose_data_device([split], world.device, config.data.residency)
         loader = EvalLoader(split.to(place), config.train.channels_last, world.device)
         forward = forward_pass(model, precision, world.device, mirror=options.mirror)
-        logits, totals = split_logits(forward, loader, len(dataset.classes), world, config.eval.batch_size)
-        if totals.images != len(split):
-            raise UserError(f"the evaluation counted {totals.images} images of {len(split)}")
-        quality = Quality.of(logits, split.labels)
+        logits = torch.zeros(len(split), len(dataset.classes), device=world.device)
+        totals = evaluate_split(forward, loader, world, config.eval.batch_size, logits=logits)
+        # each row is zero on all ranks but one, so the sum is exact
+        quality = Quality.of(world.sum(logits).cpu(), split.labels)
 
-        def tell() -> None:
-            """On rank 0."""
+        def report() -> None:
+            """Print the table and write the files, on rank 0."""
             progress = loaded.state["progress"]
             result: dict[str, Any] = {
                 "checkpoint": str(loaded.path),
@@ -79,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
                 with writing(options.png):
                     confusion_figure(quality, dataset.classes).savefig(options.png, format="png")
 
-        world.on_main(tell)
+        world.on_main(report)
     return 0
 
 
@@ -90,7 +102,7 @@ def _table(result: dict[str, Any]) -> str:
         f"loss {result['loss']:.4f}, accuracy {percent(result['accuracy'])}, "
         f"top-5 {percent(result['top5_accuracy'])}, calibration error {percent(result['calibration_error'])}",
         "",
-        f"{'class':<{width}} {'images':>7} {'precision':>9} {'recall':>7}  most often taken for",
+        f"{'class':<{width}} {'images':>7} {'precision':>9} {'recall':>7}  most often mistaken for",
     ]
     for i, row in enumerate(result["classes"]):
         wrong = [

@@ -1,7 +1,8 @@
-"""Text for people: what happens on rank 0, warnings from any rank, the rank in front of every line."""
+"""Log lines: info from rank 0, warnings and errors from every rank, each line prefixed with its rank."""
 
 import contextlib
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ log = logging.getLogger("ddp_cifar")
 
 
 def set_up_logging(rank: int, world_size: int) -> None:
-    """Send info lines to stdout from rank 0 alone, and warnings and errors to stderr from every rank."""
+    """Log info to stdout from rank 0 only, and warnings and errors to stderr from every rank."""
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.INFO)
@@ -24,7 +25,7 @@ def set_up_logging(rank: int, world_size: int) -> None:
 
 
 def log_to_file(path: Path, rank: int, world_size: int) -> None:
-    """Append this rank's lines, info included, to a file as well. Raises `UserError` if it cannot be written."""
+    """Also append this rank's lines, including info, to a file. Raises `UserError` if it cannot be written."""
     try:
         handler = logging.FileHandler(path, errors="backslashreplace")  # file names need not be UTF-8
     except OSError as error:
@@ -45,10 +46,24 @@ class _Formatter(logging.Formatter):
 
 
 class _TerminalHandler(logging.Handler):
-    """Writes above a progress bar, if there is one, rather than through it."""
+    """Writes lines above the progress bar, if there is one, so that they do not break it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone is no reason to end a run
+        with contextlib.suppress(OSError, ValueError):  # a run continues after its terminal is closed
             tqdm.write(self.format(record), file=stream)
             stream.flush()
+
+
+def show(text: str) -> None:
+    """Print to stdout, including file names that are not UTF-8. A closed pipe (such as to `head`) is not an error."""
+    sys.stdout.flush()
+    output = getattr(sys.stdout, "buffer", None)
+    try:
+        if output is None:
+            print(text, flush=True)
+        else:
+            output.write(f"{text}\n".encode(sys.stdout.encoding, "surrogateescape"))
+            output.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit would fail again

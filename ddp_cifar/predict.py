@@ -1,151 +1,140 @@
-"""What a trained network sees in images: `[torchrun ...] python -m ddp_cifar.predict CHECKPOINT IMAGE|FOLDER ...`.
+"""Classify images with a trained network: `[torchrun ...] python -m ddp_cifar.predict CHECKPOINT IMAGE|FOLDER ...`.
 
-A row a file, as CSV or JSON lines: the likeliest class, and the probability of each. Images may have any size and mode; they
-are brought to the network's as data.name=imagefolder does. Of a folder all images are taken, in folders inside as well. A
-file that is no image has its error in its row and a warning, and the others go on.
+Writes one row per file, as CSV or JSON lines: the most likely class and the probability of every class. Images may have any
+size and mode; they are converted as by data.name=imagefolder. Folders are searched recursively. A file that cannot be decoded
+causes a warning and has the error in its row; the other files are not affected. Rows are written batch by batch, in the order
+of the files.
 """
 
+import argparse
 import csv
+import functools
 import io
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
-from torch import Tensor
+from tqdm import tqdm
 
-from ddp_cifar.command import Arguments, check_counts, run_command, show, writing
-from ddp_cifar.config import Tables
-from ddp_cifar.data.augment import normalize
-from ddp_cifar.data.decode import SUFFIXES, ReadError, decode_all
+from ddp_cifar.command import Arguments, check_counts, run_command, writing_part
 from ddp_cifar.errors import UserError
-from ddp_cifar.inference import forward_pass, open_trained, trained_model
-from ddp_cifar.log import log
-from ddp_cifar.models import MODELS
-from ddp_cifar.precision import pick_precision
-
-TABLES: Tables = {"model.name": MODELS}
+from ddp_cifar.log import log, show
 
 Row = dict[str, Any]
 """`file`, then `class` and `probabilities`, or `error`."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Predict as `argv` says, write the rows on rank 0, and return the exit status."""
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's arguments. Raises `UserError`."""
     parser = Arguments("ddp_cifar.predict", __doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or the run_dir of a run")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint file, or a run_dir")
     parser.add_argument("paths", metavar="IMAGE|FOLDER", nargs="+", type=Path)
-    parser.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="CSV, or a JSON object a line (csv)")
-    parser.add_argument("--output", type=Path, help="write to this file (else to the terminal)")
-    parser.add_argument("--mirror", action="store_true", help="average each image's logits with its mirror image's")
-    parser.add_argument("--batch-size", type=int, default=500, help="images of one forward pass (500)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto)")
+    parser.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="CSV or JSON lines (default: csv)")
+    parser.add_argument("--output", type=Path, help="write to this file (default: stdout)")
+    parser.add_argument("--mirror", action="store_true", help="average the logits of each image and its mirror image")
+    parser.add_argument("--batch-size", type=int, default=500, help="images per forward pass (default: 500)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device (default: auto)"
+    )
     options = parser.parse_intermixed_args(argv)
     check_counts(options, "batch_size")
+    return options
+
+
+def main(argv: Sequence[str]) -> int:
+    """Predict with the arguments `argv`, write the rows on rank 0, and return the exit status."""
+    options = parse(argv)
+
+    # importing torch takes seconds: only after --help and wrong arguments are handled
+    import torch
+
+    from ddp_cifar.data.augment import normalize
+    from ddp_cifar.inference import classes_and_image_size, open_trained, trained_model
+    from ddp_cifar.inference.images import find_images, name_classes, read_batch
+    from ddp_cifar.training.evaluation import forward_pass
+    from ddp_cifar.training.precision import pick_precision
 
     files = list(find_images(options.paths))
-    with open_trained(options.checkpoint, [f"device={options.device}"], TABLES) as (world, loaded, config):
-        if "classes" not in loaded.state:
-            raise UserError(
-                f"{loaded.path} has no names of classes: it was made by an older ddp_cifar; resume its run once"
-            )
-        classes, image_size = loaded.state["classes"], loaded.state["image_size"]
+    with open_trained(options.checkpoint, [f"device={options.device}"]) as (world, loaded, config):
+        classes, image_size = classes_and_image_size(loaded)
         model = trained_model(loaded, config, len(classes), image_size, world.device)
         precision = pick_precision(config.precision, world)
         forward = forward_pass(model, precision, world.device, mirror=options.mirror)
         memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        batches = [files[start : start + options.batch_size] for start in range(0, len(files), options.batch_size)]
-        own: list[list[Row]] = []
-        for batch in batches[world.rank :: world.world_size]:
+
+        def predict(batch: Sequence[Path]) -> list[Row]:
             rows, images = read_batch(batch, image_size)
             good = [row for row in rows if "error" not in row]
             if good:
                 name_classes(good, forward(normalize(images.to(world.device), memory_format)), classes)
-            own.append(rows)
-        everyone = world.gather_objects(own)
-        rows = [row for i in range(len(batches)) for row in everyone[i % world.world_size][i // world.world_size]]
+            return rows
 
-        def tell() -> None:
-            """On rank 0."""
-            for row in rows:
-                if "error" in row:
-                    log.warning(f"{row['file']} is left out: {row['error']}")
-            if all("error" in row for row in rows):
-                raise UserError(f"none of the {len(rows)} files is an image that can be read")
-            if options.output is None:
-                write_rows(text := io.StringIO(), rows, classes, options.format)
-                show(text.getvalue().rstrip("\n"))
-                return
-            with (
-                writing(options.output),
-                open(options.output, "w", newline="", encoding="utf-8", errors="surrogateescape") as output,
-            ):
-                write_rows(output, rows, classes, options.format)
-
-        world.on_main(tell)
+        output = Output(options.output, options.format, classes)
+        size = options.batch_size
+        shows_rows = options.output is None and sys.stdout.isatty()
+        with tqdm(
+            total=len(files), unit="file", leave=False, disable=True if shows_rows or not world.is_main else None
+        ) as bar:
+            for start in range(0, len(files), size * world.world_size):  # a batch per rank
+                first = start + world.rank * size
+                gathered = world.gather_objects(predict(files[first : first + size]))
+                rows = [row for rank_rows in gathered for row in rank_rows]
+                world.on_main(functools.partial(output.write, rows))
+                bar.update(len(rows))
+        world.on_main(output.close)
     return 0
 
 
-def find_images(paths: Sequence[Path]) -> Iterator[Path]:
-    """The files that are named, and all images in the folders that are. Raises `UserError` for what is not there."""
-    for path in paths:
-        if path.is_dir():
-            found = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file())
-            if not found:
-                raise UserError(f"{path} has no images: expected files {', '.join(sorted(SUFFIXES))}")
-            yield from found
-        elif path.is_file():
-            yield path
+class Output:
+    """Writes the rows batch by batch, on rank 0: CSV (file, class, one column of probabilities per class, error) or JSON lines.
+
+    Methods raise `UserError` if `path` cannot be written.
+    """
+
+    def __init__(self, path: Path | None, form: str, classes: Sequence[str]) -> None:
+        self.path = path
+        self.form = form
+        self.classes = classes
+        self.num_rows = self.num_errors = 0
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Append `rows`. The first call replaces the file."""
+        text = io.StringIO()
+        if self.form == "csv":
+            writer = csv.writer(text, lineterminator="\n")
+            if not self.num_rows:
+                writer.writerow(["file", "class", *self.classes, "error"])
+            writer.writerows(self._cells(row) for row in rows)
         else:
-            raise UserError(f"there is no {path}: expected an image or a folder of images")
-
-
-def read_batch(files: Sequence[Path], image_size: int) -> tuple[list[Row], Tensor]:
-    """A row for each file, with an `error` where it is no image; and the others' pixels, (B, 3, S, S) uint8."""
-    rows: list[Row] = [{"file": str(path)} for path in files]
-    pixels = bytearray()
-    readable = []
-    for row, path in zip(rows, files, strict=True):
-        try:
-            with open(path, "rb") as file:
-                file.read(1)
-            readable.append((row, path))
-        except OSError as error:
-            row["error"] = f"it cannot be read ({error.strerror})"
-    decoded = decode_all([path for _, path in readable], image_size, num_workers=torch.get_num_threads())
-    try:
-        for (row, _), found in zip(readable, decoded, strict=True):
-            if isinstance(found, str):
-                row["error"] = found
-            else:
-                pixels += found
-    except ReadError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from error
-    flat = torch.frombuffer(pixels, dtype=torch.uint8) if pixels else torch.empty(0, dtype=torch.uint8)
-    return rows, flat.view(-1, image_size, image_size, 3).permute(0, 3, 1, 2)
-
-
-def name_classes(rows: Sequence[Row], logits: Tensor, classes: Sequence[str]) -> None:
-    """Put the class and the probabilities of (B, classes) logits into their rows."""
-    for row, shares in zip(rows, logits.double().softmax(1).tolist(), strict=True):
-        likeliest = max(range(len(classes)), key=shares.__getitem__)
-        row["class"] = classes[likeliest]
-        row["probabilities"] = dict(zip(classes, shares, strict=True))
-
-
-def write_rows(output: IO[str], rows: Sequence[Row], classes: Sequence[str], form: str) -> None:
-    """As CSV (file, class, a column of probabilities for each class, error) or JSON lines."""
-    if form == "jsonl":
+            text.writelines(json.dumps(row) + "\n" for row in rows)
+        if self.path is None:
+            show(text.getvalue().rstrip("\n"))
+        else:
+            mode = "a" if self.num_rows else "w"
+            with (
+                writing_part(self.path),
+                open(self.path, mode, newline="", encoding="utf-8", errors="surrogateescape") as file,
+            ):
+                file.write(text.getvalue())
+        self.num_rows += len(rows)
         for row in rows:
-            output.write(json.dumps(row) + "\n")
-        return
-    writer = csv.writer(output, lineterminator="\n")
-    writer.writerow(["file", "class", *classes, "error"])
-    for row in rows:
+            if "error" in row:
+                self.num_errors += 1
+                log.warning(f"{row['file']} is skipped: {row['error']}")
+
+    def close(self) -> None:
+        """Log the file. Raises `UserError` if no file could be decoded."""
+        if self.num_errors == self.num_rows:
+            raise UserError(f"none of the {self.num_rows} files can be decoded as an image: expected at least one")
+        if self.path is not None:
+            log.info(f"wrote {self.path}")
+
+    def _cells(self, row: Row) -> list[str]:
         shares = row.get("probabilities", {})
-        numbers = [f"{shares[name]:.6f}" if shares else "" for name in classes]
-        writer.writerow([row["file"], row.get("class", ""), *numbers, row.get("error", "")])
+        numbers = [f"{shares[name]:.6f}" if shares else "" for name in self.classes]
+        return [row["file"], row.get("class", ""), *numbers, row.get("error", "")]
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
-"""Download or decode a run's data ahead of it: `[torchrun ...] python -m ddp_cifar.prepare [CONFIG.yaml] [key=value ...]`.
+"""Download or decode data before a run: `[torchrun ...] python -m ddp_cifar.prepare [CONFIG.yaml] [key=value ...]`.
 
-For compute nodes that have no way out, or to decode before the time of a job counts. Takes what train takes, so that the same
-command line prepares a run; under torchrun one process a node does the work. Training itself does the same where it is missing.
+Use it if compute nodes have no internet access, or to decode images outside the time of a job. It accepts the arguments of
+ddp_cifar.train, so that the same command line prepares a run. Under torchrun, one process per node does the work. Without it,
+training downloads and decodes at its start.
 """
 
 from collections.abc import Sequence
 
 from ddp_cifar.command import run_command
 from ddp_cifar.config import load_config
-from ddp_cifar.data import build_dataset
-from ddp_cifar.distributed import open_world
 from ddp_cifar.log import log
-from ddp_cifar.train import TABLES
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prepare the data that `argv` names, read it once, and return the exit status."""
-    config = load_config(argv, TABLES)
+    """Prepare the data set of the config, read it once, and return the exit status."""
+    config = load_config(argv)
+
+    from ddp_cifar.data import build_dataset  # imports torch, which takes seconds
+    from ddp_cifar.distributed.rendezvous import open_world
+
     with open_world("cpu", "gloo") as world:
         dataset = build_dataset(config.data, world)
         log.info(f"{config.data.name} is ready: {dataset.describe()}")

@@ -1,8 +1,9 @@
-"""What `launch/scaling.sh` has measured: `python -m ddp_cifar.scaling FOLDER`.
+"""Report the measurements of `launch/scaling.sh`: `python -m ddp_cifar.scaling FOLDER`.
 
-Reads the benchmark's results FOLDER/weak-N.json (as many images a rank on N ranks as on one) and FOLDER/strong-N.json (as many
-images in all), and writes a table, FOLDER/scaling.md, and a plot, FOLDER/scaling.png. The efficiency of N ranks is their
-images/s by N times those of one rank.
+Reads the benchmark results FOLDER/weak-N.json (a fixed number of images per rank, on N ranks) and FOLDER/strong-N.json (a fixed
+number of images per step), and writes a table, FOLDER/scaling.md, and a plot, FOLDER/scaling.png. The efficiency of N ranks is
+their images/s divided by N times the images/s of one rank. Without a result for one rank, the smallest number of ranks is the
+reference.
 """
 
 import json
@@ -10,17 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddp_cifar.command import Arguments, run_command, show, writing
+from ddp_cifar.command import Arguments, run_command, span, writing
 from ddp_cifar.errors import UserError
+from ddp_cifar.log import show
 
-KINDS = {"weak": "as many images a rank", "strong": "as many images in all"}
+KINDS = {"weak": "the same number of images per rank", "strong": "the same number of images per step"}
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
-"""weak or strong -> number of ranks -> what the benchmark reports."""
+"""weak or strong -> number of ranks -> result of the benchmark."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Report as `argv` says, and return the exit status."""
+    """Write the report for `argv` and return the exit status."""
     parser = Arguments("ddp_cifar.scaling", __doc__)
     parser.add_argument("folder", metavar="FOLDER", type=Path)
     folder = parser.parse_args(argv).folder
@@ -35,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read(folder: Path) -> Results:
-    """Raises `UserError` where there is nothing to report, or a result is damaged."""
+    """Read the results in `folder`. Raises `UserError` if there are none, or one is damaged."""
     results: dict[str, dict[int, Any]] = {kind: {} for kind in KINDS}
     for kind, found in results.items():
         for path in folder.glob(f"{kind}-*.json"):
@@ -43,9 +45,7 @@ def read(folder: Path) -> Results:
                 result = json.loads(path.read_text(encoding="utf-8"))
                 found[int(result["world_size"])] = result
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path} is not what the benchmark writes ({error}): remove it and measure again"
-                ) from error
+                raise UserError(f"{path} is not a benchmark result ({error}): remove it and measure again") from error
     results = {kind: dict(sorted(found.items())) for kind, found in results.items() if found}
     if not results:
         raise UserError(f"{folder} has no weak-N.json and no strong-N.json: launch/scaling.sh writes them")
@@ -53,27 +53,27 @@ def read(folder: Path) -> Results:
 
 
 def efficiency(found: Mapping[int, Mapping[str, Any]], ranks: int) -> float:
-    """images/s of `ranks` by what as many would have if each did as much as one of the fewest did."""
+    """Return images/s per rank on `ranks`, divided by images/s per rank on the smallest number of ranks."""
     fewest = min(found)
     return float(found[ranks]["images_per_s"] / found[fewest]["images_per_s"] * fewest / ranks)
 
 
 def table(results: Results) -> str:
-    """In Markdown, a row a kind and number of ranks."""
+    """Format the results in Markdown: one row per kind and number of ranks."""
     lines = []
     for kind, found in results.items():
         first = next(iter(found.values()))
         title = ", ".join(str(first[key]) for key in ("model", "precision", "device", "backend"))
         lines += [
-            f"{kind} scaling: {KINDS[kind]}. {title}, {first['threads']} CPU threads a rank, torch {first['torch']}",
+            f"{kind} scaling: {KINDS[kind]}. {title}, {first['threads']} CPU threads per rank, torch {first['torch']}",
             "",
-            "| ranks | images a rank | images/s, median (min - max) | efficiency | a step | exposed communication |",
+            "| ranks | images per rank | images/s, median (min - max) | efficiency | time per step | exposed communication |",
             "|---|---|---|---|---|---|",
         ]
         for ranks, result in found.items():
-            exposed = result["exposed_communication"]
+            exposed, images = result["exposed_communication"], result["global_batch_size"]
             lines.append(
-                f"| {ranks} | {result['global_batch_size'] // ranks} | {result['images_per_s']:,.0f} "
+                f"| {ranks} | {span(images // ranks, -(-images // ranks))} | {result['images_per_s']:,.0f} "
                 f"({result['images_per_s_min']:,.0f} - {result['images_per_s_max']:,.0f}) | {efficiency(found, ranks):.2f} "
                 f"| {1000 * result['step_s']:.1f} ms | {'-' if exposed is None else f'{exposed:.1%}'} |"
             )
@@ -82,8 +82,8 @@ def table(results: Results) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """images/s and efficiency by the number of ranks."""
-    from matplotlib.figure import Figure  # here, as it takes a while; and without pyplot, which wants a display
+    """Plot images/s and efficiency against the number of ranks."""
+    from matplotlib.figure import Figure  # imported here because it is slow; pyplot would need a display
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     speed, share = figure.subplots(1, 2)
@@ -99,9 +99,10 @@ def draw(results: Results, path: Path) -> None:
         speed.plot(ranks, [rates[0] * n / ranks[0] for n in ranks], color=line.get_color(), linestyle=":", linewidth=1)
         share.plot(ranks, [efficiency(found, n) for n in ranks], marker="o", label=kind)
     every = sorted({n for found in results.values() for n in found})
-    for axes, label in ((speed, "images/s (dotted: in proportion)"), (share, "efficiency")):
+    for axes, label in ((speed, "images/s (dotted: linear scaling)"), (share, "efficiency")):
         axes.set_xscale("log", base=2)
         axes.set_xticks(every, labels=[str(n) for n in every])
+        axes.minorticks_off()
         axes.set_xlabel("ranks")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)

@@ -1,31 +1,37 @@
-"""Every random number of a run is a function of what it is for, so that nothing random is ever stored.
+"""Every random number of a run is derived from its purpose, so that no random state has to be stored.
 
-Order comes from (seed, epoch), a crop from (seed, epoch, sample id), dropout from (seed, step, micro-batch).
+The order of images comes from (seed, epoch), a crop from (seed, epoch, sample id), dropout from (seed, step, micro-batch).
 """
 
 import hashlib
+from contextlib import AbstractContextManager
 
 import torch
 
 
 def derive_seed(purpose: str, *numbers: int) -> int:
-    """A 63-bit seed for one purpose, such as `derive_seed("dropout", seed, step, micro_batch)`.
+    """Return a 63-bit seed for one purpose, such as `derive_seed("dropout", seed, step, micro_batch)`.
 
-    A hash, so that neighbouring numbers, or two purposes, give unrelated streams.
+    It is a hash, so that consecutive numbers and different purposes give unrelated streams.
     """
     text = ":".join([purpose, *map(str, numbers)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
 def generator(purpose: str, *numbers: int) -> torch.Generator:
-    """A CPU generator seeded with `derive_seed`: the same numbers whatever the device of the run."""
+    """Return a CPU generator seeded with `derive_seed`. Its numbers do not depend on the device of the run."""
     return torch.Generator().manual_seed(derive_seed(purpose, *numbers))
 
 
-def seed_dropout(device: torch.device, *numbers: int) -> None:
-    """Seed what dropout on `device` draws from, by `derive_seed`.
+def unchanged_generators(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which the CPU's generator, and the one of `device`, may be used; afterwards they are as before."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
-    `torch.manual_seed` would seed every kind of device there is, at some tenths of a millisecond a call.
+
+def seed_dropout(device: torch.device, *numbers: int) -> None:
+    """Seed the generator that dropout on `device` uses, by `derive_seed`.
+
+    `torch.manual_seed` would seed every type of device, which takes some tenths of a millisecond per call.
     """
     seed = derive_seed("dropout", *numbers)
     if device.type == "cuda":

@@ -1,8 +1,8 @@
-"""The runs of a sweep, and how far each is: `python -m ddp_cifar.sweep SWEEP.yaml [key=value ...]`.
+"""List the runs of a sweep with their states: `python -m ddp_cifar.sweep SWEEP.yaml [key=value ...]`.
 
-A sweep's file has a `grid`, which gives keys of the config a list of values each; every combination of them is a run. `config`
-names the recipe that they share, and `key=value` changes all of them. The run_dir of each is in runs/sweeps/SWEEP, or in the
-run_dir that the arguments have, and named by its values. launch/sweep.sh runs them here, slurm/sweep.sh as an array job.
+A sweep file has a `grid`, which maps config keys to lists of values; every combination is a run. `config` names the recipe of
+all runs, and `key=value` arguments apply to all of them. Each run_dir is a subfolder of runs/sweeps/SWEEP, or of run_dir=FOLDER
+if given, named after its values. launch/sweep.sh runs them on this machine, slurm/sweep.sh as a Slurm array job.
 """
 
 import itertools
@@ -11,24 +11,25 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
-from ddp_cifar.command import Arguments, run_command, show
+from ddp_cifar.command import Arguments, run_command
 from ddp_cifar.config import (
     Config,
     as_argument,
-    essential,
+    entries,
     load_config,
     read_yaml,
+    result_keys,
     setting_of,
     short_names,
     to_dict,
 )
 from ddp_cifar.errors import UserError
-from ddp_cifar.run_dir import RunDir
-from ddp_cifar.train import TABLES
+from ddp_cifar.log import show
+from ddp_cifar.run.run_dir import RunDir
 
 KEYS = ("config", "grid")
 
@@ -38,11 +39,11 @@ class SweptRun:
     """One run of a sweep."""
 
     name: str
-    """Its values, such as `lr=1e-3,seed=0`: its folder in the sweep's."""
+    """Its values, such as `lr=1e-3,seed=0`, which also name its folder."""
     arguments: list[str]
-    """As train takes them, its run_dir last."""
+    """Arguments for ddp_cifar.train, run_dir last."""
     state: str
-    """`new`, `finished`, or another word of its status: `stopped`, `failed`, `running`."""
+    """`new`, or the first word of its status: `finished`, `stopped`, `failed`, `running`."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("sweep", metavar="SWEEP.yaml", type=Path)
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     parser.add_argument(
-        "--lines", action="store_true", help="a line a run, for shells: its state, its arguments, quoted"
+        "--lines", action="store_true", help="print one line per run for scripts: its state, then its quoted arguments"
     )
     options = parser.parse_intermixed_args(argv)
     runs = expand(options.sweep, options.overrides)
@@ -67,83 +68,95 @@ def main(argv: Sequence[str]) -> int:
 
 
 def expand(path: Path, overrides: Sequence[str]) -> list[SweptRun]:
-    """The runs of the sweep at `path`, each with a config that is valid. Raises `UserError` where one is not."""
-    texts, values = read_yaml(str(path))
-    unknown = set(texts) - set(KEYS) if isinstance(texts, dict) else {"its content"}
-    grid = _lists(texts.get("grid") or {}, values.get("grid") or {}, path) if not unknown else {}
+    """Return the runs of the sweep file `path`. Raises `UserError` if the file or the config of a run is invalid."""
+    content = read_yaml(str(path))
+    parts = entries(content) if isinstance(content, yaml.MappingNode) else {}
+    unknown = parts.keys() - set(KEYS) if parts else {"no keys"}
+    grid = _lists(parts["grid"], path) if not unknown and "grid" in parts else {}
     if unknown or not grid:
         found = ", ".join(sorted(unknown)) or "no grid"
         raise UserError(
-            f"{path} is no sweep ({found}): expected `grid`, with a list of values for each key, and `config`"
+            f"{path} is not a sweep file ({found}): expected `grid`, with a list of values for each key, and `config`"
         )
-    if not isinstance(texts.get("config") or "", str):
-        raise UserError(f"config in {path} is no name of a file: expected one recipe, such as configs/demo.yaml")
+    config = parts.get("config")
+    if config and not isinstance(config, yaml.ScalarNode):
+        raise UserError(f"config in {path} is not a file name: expected one recipe, such as configs/demo.yaml")
     if stray := [argument for argument in overrides if "=" not in argument]:
-        raise UserError(f"cannot read the argument {stray[0]!r}: expected key=value; the recipe is `config` in {path}")
+        raise UserError(
+            f"cannot read the argument {stray[0]!r}: expected key=value; set the recipe by `config` in {path}"
+        )
     if again := [argument for argument in overrides if argument.split("=")[0] in grid]:
-        raise UserError(f"{again[0]}: {path} has values of {again[0].split('=')[0]} in its grid: change them there")
+        raise UserError(f"{again[0]}: the grid of {path} already sets {again[0].split('=')[0]}: change it there")
     folder = next((a.removeprefix("run_dir=") for a in reversed(overrides) if a.startswith("run_dir=")), None)
-    shared = [texts["config"]] if texts.get("config") else []
+    shared = [config.value] if config and config.value else []
     shared.append(f"tracking.hparams=[{','.join(dict.fromkeys(map(setting_of, grid)))}]")
     shared += [argument for argument in overrides if not argument.startswith("run_dir=")]
     names = short_names(grid)
     runs: dict[str, SweptRun] = {}
     for combination in itertools.product(*grid.values()):
-        own = ",".join(f"{names[key]}={value.text}" for key, value in zip(grid, combination, strict=True))
-        name = re.sub(r"[^\w.=,+-]", "-", own)
+        values = ",".join(f"{names[key]}={value.text}" for key, value in zip(grid, combination, strict=True))
+        name = re.sub(r"[^\w.=,+-]", "-", values)
         run_dir = f"{folder or f'runs/sweeps/{path.stem}'}/{name}"
         arguments = [*shared, *(value.argument for value in combination), f"run_dir={run_dir}"]
         if name in runs:
-            raise UserError(f"{path} has {name} twice: expected each value once")
-        runs[name] = SweptRun(name, arguments, _state(run_dir, load_config(arguments, TABLES)))
+            raise UserError(f"{path} lists {name} twice: expected each value once")
+        runs[name] = SweptRun(name, arguments, _state(run_dir, load_config(arguments)))
     return list(runs.values())
 
 
 class Value(NamedTuple):
-    """One of a list."""
+    """One value of a list in the grid."""
 
     text: str
-    """As it stands in the file."""
+    """Its text in the file."""
     argument: str
-    """`key=value`, as train takes it."""
+    """`key=value`, for ddp_cifar.train."""
 
 
-def _lists(texts: Any, values: Any, path: Path, prefix: str = "") -> dict[str, list[Value]]:
-    """By dotted key: its values."""
-    if not isinstance(texts, dict):
+def _lists(node: yaml.Node, path: Path, prefix: str = "") -> dict[str, list[Value]]:
+    """The values of each dotted key."""
+    if not isinstance(node, yaml.MappingNode):
         raise UserError(
-            f"{prefix[:-1] or 'grid'} in {path} holds no keys: expected lines of the form key: [value, ...]"
+            f"{prefix[:-1] or 'grid'} in {path} contains no keys: expected lines of the form key: [value, ...]"
         )
     found: dict[str, list[Value]] = {}
-    for (name, text), value in zip(texts.items(), values.values(), strict=True):
+    for name, child in entries(node).items():
         key = f"{prefix}{name}"
-        if isinstance(text, dict):
-            new = _lists(text, value, path, f"{key}.")
-        elif not isinstance(text, list) or not text or not all(isinstance(each, str) for each in text):
-            raise UserError(f"grid: {key} in {path} is no list of values: expected {key}: [value, ...]")
+        if isinstance(child, yaml.MappingNode):
+            new = _lists(child, path, f"{key}.")
+        elif not isinstance(child, yaml.SequenceNode) or not _holds_values(child):
+            raise UserError(f"grid: {key} in {path} is not a list of values: expected {key}: [value, ...]")
         else:
-            new = {key: [Value(t, as_argument(key, t, v)) for t, v in zip(text, value, strict=True)]}
+            new = {key: [Value(each.value, as_argument(key, each)) for each in child.value]}
         if twice := found.keys() & new.keys():
-            raise UserError(f"grid: {min(twice)} stands twice in {path}")
+            raise UserError(f"grid: duplicate key {min(twice)} in {path}")
         found |= new
     if "run_dir" in found:
         raise UserError(
-            f"grid: run_dir in {path}: a sweep's runs have their own; run_dir=FOLDER on the command line moves all"
+            f"grid: run_dir in {path}: each run gets its own run_dir; to move all runs, pass run_dir=FOLDER as an argument"
         )
     return found
 
 
+def _holds_values(node: yaml.SequenceNode) -> bool:
+    return bool(node.value) and all(isinstance(each, yaml.ScalarNode) for each in node.value)
+
+
 def _state(path: str, config: Config) -> str:
-    """The word of a run's status; but `stopped` where it has finished and is to be longer now, or another run: train will say."""
+    """The first word of a run's status, or `new`.
+
+    A finished run whose config now asks for more epochs, or for a different run, counts as `stopped`: train continues it, or
+    rejects it with an error.
+    """
     run_dir = RunDir(path)
     state = run_dir.read_status().split(":")[0] or "new"
     if state != "finished":
         return state
     try:
-        before = essential(yaml.safe_load((run_dir.path / "config.yaml").read_text(encoding="utf-8")))
+        before = result_keys(yaml.safe_load((run_dir.path / "config.yaml").read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, AttributeError):
         return "stopped"
-    now = essential(to_dict(config))
+    now = result_keys(to_dict(config))
     different = {key for key in now if now[key] != before[key]}
     if different == {"train.epochs"} and before["train.epochs"] > now["train.epochs"]:
         return state

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# Shared by the scripts of this folder; sourced, not run.
+# Functions shared by the launch scripts. Source this file; do not run it.
 
-# The project's own environment, where none is active.
+# Use the project's virtual environment if no environment is active.
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if ! command -v torchrun >/dev/null && [ -x "$checkout/.venv/bin/torchrun" ]; then
   PATH="$checkout/.venv/bin:$PATH"
 fi
 
-# wait_for PID: wait until it has ended, through the signals that this shell traps meanwhile; its status.
+# wait_for PID: wait until the process has exited, and return its exit status. A trapped signal does not end the wait.
 wait_for() {
   local status
   while :; do
@@ -16,46 +16,47 @@ wait_for() {
   done
 }
 
-# repeat_error DIR: the line of the rank that failed first, from what the ranks left under torchrun's log folder; sets `status`
-# to that rank's exit status, which torchrun made 1 of.
+# repeat_error DIR: print the error of the rank that failed first, read from torchrun's log folder DIR. Sets `status` to
+# that rank's exit status, because torchrun itself exits with 1 for every failure.
 repeat_error() {
   local first
   first=$(find "$1" -name error.txt -printf '%T@ %p\n' 2>/dev/null | sort -n | sed -n 1p | cut -d ' ' -f 2-)
-  # after a signal ranks may end with errors that say no more than that; but not with a mistake, or a failed save
+  # After a signal, errors with status 1 only echo the signal. User errors (2) and failed saves (3) are still reported.
   if [ -n "$first" ] && { [ -z "${interrupted:-}" ] || [ "$(cat "${first%.txt}.status")" != 1 ]; }; then
     cat "$first" >&2
-    # shellcheck disable=SC2034 # for who called
+    # shellcheck disable=SC2034 # used by the caller
     status=$(cat "${first%.txt}.status")
   elif [ -n "${interrupted:-}" ]; then
     echo "error: interrupted" >&2
   else
-    echo "error: a process ended without a word (killed, or not started): torchrun's report above names it" >&2
+    echo "error: a process exited without an error message (killed, or failed to start); see torchrun's report above" >&2
   fi
 }
 
-# need_torchrun: refuse to go on without it.
+# need_torchrun: fail if torchrun is not on PATH.
 need_torchrun() {
-  command -v torchrun >/dev/null || refuse "torchrun is not on PATH: activate the environment, or make one with \`make install\`"
+  command -v torchrun >/dev/null ||
+    user_error "torchrun is not on PATH: activate the environment, or create one with \`make install\`"
 }
 
-# refuse MESSAGE: end with an error, which is left where repeat_error finds it, and status 2.
-refuse() {
-  local place
+# user_error MESSAGE: print the error, leave it where repeat_error finds it, and exit with status 2.
+user_error() {
+  local folder
   echo "error: $1" >&2
   if [ -n "${LOG_DIR:-}" ]; then
-    place=$(mktemp -d "$LOG_DIR/refused-XXXXXX")
-    echo 2 >"$place/error.status"
-    echo "[$(hostname)] error: $1" >"$place/error.txt"
+    folder=$(mktemp -d "$LOG_DIR/user-error-XXXXXX")
+    echo 2 >"$folder/error.status"
+    echo "[$(hostname)] error: $1" >"$folder/error.txt"
   fi
   exit 2
 }
 
-# check_count NAME VALUE: refuse what is not a whole number from 1 on.
+# check_count NAME VALUE: fail unless VALUE is a positive integer.
 check_count() {
-  [[ $2 =~ ^[1-9][0-9]*$ ]] || refuse "$1=$2 is not a count: expected a whole number from 1 on"
+  [[ $2 =~ ^[1-9][0-9]*$ ]] || user_error "$1=$2 is invalid: expected a positive integer"
 }
 
-# count_gpus: how many this node has, or CUDA_VISIBLE_DEVICES shows.
+# count_gpus: print the number of GPUs of this node, or of those in CUDA_VISIBLE_DEVICES if it is set.
 count_gpus() {
   if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
     tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true

@@ -1,25 +1,27 @@
 #!/usr/bin/env bash
-# One node's torchrun agent, which starts and watches its ranks. Run it once on every node of a run:
+# Start one node's torchrun agent, which starts and monitors the node's ranks. Run it once on every node.
+#
+# Usage:
 #
 #     launch/node.sh [CONFIG.yaml] [key=value ...]
 #
-# Settings, by environment variables:
-#   NPROC_PER_NODE   ranks on this node; default: its GPUs, else 1
-#   NNODES           nodes of the run; default 1
-#   HEAD             HOST:PORT where the nodes meet; needed with several nodes, the same on all
-#   RUN_ID           a name for this start, the same on all nodes; default ddp_cifar
-#   LOCAL_ADDR       the address that other nodes reach this one by; default: its host name's
-#   MIN_NODES        so many nodes are enough: after half a minute they start without the rest; default NNODES
-#   MAX_RESTARTS     times that the ranks are started again after a failure; default 0
-#   OMP_NUM_THREADS  CPU threads a rank; default: the node's cores shared out
-#   MODULE           what every rank runs; default ddp_cifar.train
-#   NODE_NAME        what the preflight calls this node; default: its host name
-#   LOG_DIR          an existing folder to keep torchrun's error files in; default: none are kept
-#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds that the ranks have to end after another has failed; default 60, 15 for the preflight
+# Settings (environment variables):
+#   NPROC_PER_NODE   ranks on this node; default: its number of GPUs, or 1 without GPUs
+#   NNODES           number of nodes of the run; default 1
+#   HEAD             rendezvous address HOST:PORT; required with several nodes, with the same value on every node
+#   RUN_ID           rendezvous id of this start, the same on every node; default ddp_cifar
+#   LOCAL_ADDR       the address by which other nodes reach this one; default: the address of its host name
+#   MIN_NODES        start with this many nodes if the others have not joined after 30 s; default NNODES
+#   MAX_RESTARTS     how often torchrun restarts the ranks after a failure; default 0
+#   OMP_NUM_THREADS  CPU threads per rank; default: the node's cores divided among its ranks
+#   MODULE           the Python module that every rank runs; default ddp_cifar.train
+#   NODE_NAME        the name of this node in the preflight's report; default: its host name
+#   LOG_DIR          an existing folder in which to keep torchrun's error files; default: they are removed
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds that ranks have to exit after another rank failed; default 60 (preflight: 15)
 #
-# Ctrl-C, SIGTERM and SIGUSR1 go to the ranks, which agree to stop, save, and end with status 0; Ctrl-C twice ends them at
-# once. SIGQUIT has torchrun end them. After a failure the last line is the error of the rank that failed first, and the exit
-# status is that rank's.
+# Ctrl-C, SIGTERM and SIGUSR1 are forwarded to the ranks, which save, stop after the same step, and exit with status 0. A
+# second Ctrl-C terminates them immediately. On SIGQUIT, torchrun shuts the ranks down. After a failure, the last line is
+# the error of the rank that failed first, and the exit status is that rank's exit status.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -32,24 +34,25 @@ check_count NNODES "$nnodes"
 check_count NPROC_PER_NODE "$nproc_per_node"
 if [ "$nnodes" != 1 ]; then
   head=${HEAD:-}
-  [ -n "$head" ] || refuse "NNODES=$nnodes needs HEAD=HOST:PORT, where the nodes meet, the same on all of them"
+  [ -n "$head" ] ||
+    user_error "NNODES=$nnodes requires HEAD=HOST:PORT, the rendezvous address: set the same value on every node"
   head_host=${head%:*} head_host=${head_host#[} head_host=${head_host%]}
-  getent ahosts "$head_host" >/dev/null || # `getent hosts` would ask for the name of an address
-    refuse "$(hostname) finds no address for $head_host, where the nodes are to meet: mend HEAD=$head, /etc/hosts or the DNS"
+  getent ahosts "$head_host" >/dev/null || # not `getent hosts`, which fails for an address without a name
+    user_error "$(hostname) cannot resolve the rendezvous host $head_host: fix HEAD=$head, /etc/hosts or DNS"
   [ -n "${LOCAL_ADDR:-}" ] || getent ahosts "$(hostname)" >/dev/null ||
-    refuse "this node's own name, $(hostname), leads to no address, by which the other nodes would reach it: mend /etc/hosts or the DNS, or set LOCAL_ADDR and GLOO_SOCKET_IFNAME"
+    user_error "the host name of this node, $(hostname), does not resolve, so other nodes cannot reach it: fix /etc/hosts or DNS, or set LOCAL_ADDR and GLOO_SOCKET_IFNAME"
 fi
 
-# torchrun would give each rank one thread
+# torchrun's default is one thread per rank
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc_per_node ? cores / nproc_per_node : 1))}
-# without it restarted ranks read the addresses of the dead ones, and fail or hang
+# With a shared store, restarted ranks read the addresses of the previous ranks, and fail or hang.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-patience=60
-[ "${MODULE:-}" != ddp_cifar.preflight ] || patience=15 # it reports a rank that is stopped, and has nothing to save
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-$patience}
+shutdown_timeout=60
+[ "${MODULE:-}" != ddp_cifar.preflight ] || shutdown_timeout=15 # a preflight has nothing to save
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-$shutdown_timeout}
 
-log_dir=$(mktemp -d "${LOG_DIR:-${TMPDIR:-/tmp}}/launch-XXXXXX") # of this start alone
+log_dir=$(mktemp -d "${LOG_DIR:-${TMPDIR:-/tmp}}/launch-XXXXXX") # used by this start only
 flags=(--nnodes="${MIN_NODES:-$nnodes}:$nnodes" --nproc-per-node="$nproc_per_node" --max-restarts="${MAX_RESTARTS:-0}" --log-dir="$log_dir")
 if [ "$nnodes" = 1 ]; then
   flags+=(--standalone)
@@ -58,63 +61,38 @@ else
 fi
 [ -z "${LOCAL_ADDR:-}" ] || flags+=(--local-addr="$LOCAL_ADDR")
 
-# pass_on SIGNAL: to the ranks, torchrun's children, rather than to torchrun, which would end with status 1 and after a while
-# kill them; before there are any, torchrun is ended.
-# shellcheck disable=SC2329 # by the traps
-pass_on() {
+# Ranks that are not ready for signals yet read the earlier ones from this file (ddp_cifar/run/stopping.py).
+export DDP_CIFAR_SIGNALS=$log_dir/signals
+
+# forward_signal SIGNAL: send it to the ranks (torchrun's children). torchrun itself would exit with status 1 and kill the
+# ranks after a timeout. torchrun is terminated only if no rank was started yet, or after a second Ctrl-C.
+# shellcheck disable=SC2329 # called by the traps
+forward_signal() {
   local ranks=() before=${interrupted:-}
   interrupted=$1
-  agent=${agent:-${!:-}} # it may have come just after the start
+  echo "$1" >>"$DDP_CIFAR_SIGNALS"
+  agent=${agent:-${!:-}} # the signal may arrive before agent=$! below
   if [ -z "$agent" ]; then exit 1; fi
-  find_ranks
-  if [ ${#ranks[@]} = 0 ] && [ "${MAX_RESTARTS:-0}" = 0 ] && [ "$before" != INT ] && were_started; then
-    sleep 0.3 # they come just now
-    find_ranks
-    [ ${#ranks[@]} -gt 0 ] || return 0 # or have ended, as torchrun will, by itself
-  fi
-  [ ${#ranks[@]} = 0 ] || kill -s "$1" "${ranks[@]}" 2>/dev/null || true
-  # after a second Ctrl-C the ranks end with an error, after which torchrun might start them again
-  if [ ${#ranks[@]} = 0 ] || [ "$before" = INT ]; then
-    kill -TERM "$agent" 2>/dev/null || true
-  elif [ "${MAX_RESTARTS:-0}" != 0 ] && [ "$1" != USR1 ]; then
-    end_when_replaced "${ranks[@]}" &
-  fi
-}
-
-# find_ranks: sets `ranks` to their pids.
-# shellcheck disable=SC2329 # by pass_on
-find_ranks() {
   read -ra ranks -d '' < <(cat "/proc/$agent/task/"*/children 2>/dev/null) || true
   [ ${#ranks[@]} -gt 0 ] || read -ra ranks -d '' < <(pgrep -P "$agent" 2>/dev/null) || true
+  [ ${#ranks[@]} = 0 ] || kill -s "$1" "${ranks[@]}" 2>/dev/null || true
+  if [ "$before" = INT ] || { [ ${#ranks[@]} = 0 ] && ! ranks_were_started; }; then
+    kill -TERM "$agent" 2>/dev/null || true
+  fi
 }
 
-# were_started: torchrun has made the folders of its ranks.
-# shellcheck disable=SC2329 # by pass_on
-were_started() {
+# ranks_were_started: true if torchrun has created log folders for ranks, which are then starting, running or finished.
+# shellcheck disable=SC2329 # called by forward_signal
+ranks_were_started() {
   compgen -G "$log_dir/*/attempt_*/*" >/dev/null
 }
-
-# end_when_replaced RANK...: ranks that were still importing torch die of the signal; torchrun shall not start others for them.
-# shellcheck disable=SC2329 # by pass_on
-end_when_replaced() {
-  local pause=0 # in turns of 0.2 s
-  while kill -0 "$agent" 2>/dev/null; do
-    sleep 0.2
-    pause=$((pause - 1))
-    if [ "$pause" -gt 0 ] || kill -0 "$@" 2>/dev/null; then continue; fi
-    if [ "$(pgrep -P "$agent" | wc -l)" -ge $# ]; then
-      sleep 0.3 # torchrun ends those that it knows of, once all are started
-      kill -TERM "$agent" 2>/dev/null || true
-      pause=25 # another signal, when it is about to end, would kill it
-    fi
-  done
-}
-trap 'pass_on INT' INT
-trap 'pass_on TERM' TERM HUP
-trap 'pass_on USR1' USR1
+trap 'forward_signal INT' INT
+trap 'forward_signal TERM' TERM HUP
+trap 'forward_signal USR1' USR1
 trap 'interrupted=1; kill -TERM "${agent:-${!:-$$}}" 2>/dev/null || true' QUIT
 
-# In a process group of its own (-m), so that Ctrl-C comes once, from here. SIGUSR1 would end torchrun, and leave its ranks.
+# A separate process group (-m), so that Ctrl-C reaches torchrun only through this script. torchrun must ignore SIGUSR1,
+# which would terminate it and leave its ranks running.
 set -m
 (
   trap '' USR1

@@ -1,42 +1,58 @@
 #!/usr/bin/env bash
-# How images/s grow with the number of ranks on this machine: the benchmark (`python -m ddp_cifar.benchmark`) on 1, 2, 4 ...
-# ranks, weak (as many images a rank) and strong (as many in all), then a table and a plot:
+# Measure how images per second scale with the number of ranks on this machine. The script runs the benchmark
+# (`python -m ddp_cifar.benchmark`) on 1, 2, 4 ... ranks, then writes a table and a plot. Weak scaling keeps the images
+# per rank constant. Strong scaling keeps the images per step constant.
+#
+# Usage:
 #
 #     launch/scaling.sh FOLDER [CONFIG.yaml] [key=value ...] [--rounds N]
 #
-# FOLDER gets weak-N.json, strong-N.json, scaling.md and scaling.png, in place of those of an earlier call.
+# Writes weak-N.json, strong-N.json, scaling.md and scaling.png to FOLDER, and replaces the results of an earlier call.
 #
-# Settings, by environment variables:
-#   MAX_RANKS        the most ranks; default: the GPUs, else the cores
-#   IMAGES           images a rank in a step (128); strong: of the most ranks
-#   OMP_NUM_THREADS  CPU threads a rank; default: cores / MAX_RANKS, and so as many on one rank as on the most
+# Settings (environment variables):
+#   MAX_RANKS        the largest number of ranks; smaller powers of two are measured too; default: number of GPUs or cores
+#   RANKS            a list of numbers of ranks, such as "1 3 6", instead of MAX_RANKS
+#   IMAGES           images per rank and step; default 128; for strong scaling, at the largest number of ranks
+#   OMP_NUM_THREADS  CPU threads per rank, for all measurements; default: cores / largest number of ranks
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 folder=${1:-}
 case $folder in
-  '' | -* | *=* | *.yaml) refuse "expected launch/scaling.sh FOLDER [CONFIG.yaml] [key=value ...]: FOLDER gets the results" ;;
+  '' | -* | *=* | *.yaml)
+    user_error "the first argument must be a folder for the results: use launch/scaling.sh FOLDER [CONFIG.yaml] [key=value ...]"
+    ;;
 esac
 shift
 cores=$(nproc) gpus=$(count_gpus)
-max_ranks=${MAX_RANKS:-$((gpus > 0 ? gpus : cores))} images=${IMAGES:-128}
-check_count MAX_RANKS "$max_ranks"
+most=${MAX_RANKS:-$((gpus > 0 ? gpus : cores))} images=${IMAGES:-128}
+check_count MAX_RANKS "$most"
 check_count IMAGES "$images"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > max_ranks ? cores / max_ranks : 1))}
+read -ra counts -d '' <<<"${RANKS:-}" || true
+if [ ${#counts[@]} = 0 ]; then
+  for ((ranks = 1; ranks < most; ranks *= 2)); do counts+=("$ranks"); done
+  counts+=("$most")
+fi
+most=1
+for ranks in "${counts[@]}"; do
+  check_count RANKS "$ranks"
+  most=$((ranks > most ? ranks : most))
+done
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > most ? cores / most : 1))}
 mkdir -p "$folder"
 rm -f "$folder"/weak-*.json "$folder"/strong-*.json
 
-# measure KIND RANKS GLOBAL_BATCH ARGUMENT...: one result.
+# measure KIND RANKS GLOBAL_BATCH_SIZE ARGUMENT...: run one benchmark, with one micro-batch per rank and step.
 measure() {
   local ranks=$2 batch=$3
   echo "== $1 scaling, $ranks ranks"
   NPROC_PER_NODE=$ranks MODULE=ddp_cifar.benchmark "$here/local.sh" "${@:4}" \
-    "train.global_batch_size=$batch" "train.micro_batch_size=$((batch / ranks))" --json "$folder/$1-$ranks.json"
+    "train.global_batch_size=$batch" "train.micro_batch_size=$(((batch + ranks - 1) / ranks))" --json "$folder/$1-$ranks.json"
 }
 
-for ((ranks = 1; ranks <= max_ranks; ranks *= 2)); do
+for ranks in "${counts[@]}"; do
   measure weak "$ranks" $((images * ranks)) "$@"
-  [ $((images * max_ranks % ranks)) != 0 ] || measure strong "$ranks" $((images * max_ranks)) "$@"
+  measure strong "$ranks" $((images * most)) "$@"
 done
 python -m ddp_cifar.scaling "$folder"

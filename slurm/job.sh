@@ -1,16 +1,17 @@
 # shellcheck shell=bash
-# Shared by the scripts of this folder; sourced, not run.
+# Functions shared by the Slurm scripts. Source this file; do not run it.
 
 slurm=$(dirname "${BASH_SOURCE[0]}")
 srun_options=()
-# shellcheck disable=SC1091 # a site's own, if there is one
+# shellcheck disable=SC1091 # optional settings of this site
 [ ! -e "$slurm/site.sh" ] || source "$slurm/site.sh"
 # shellcheck source=launch/common.sh
 source "$slurm/../launch/common.sh"
 export PYTHONPATH="$checkout${PYTHONPATH:+:$PYTHONPATH}"
 
-# is_by_hand ARGUMENT...: they have the form that submits, even where this shell is in a job, as notebooks are.
-is_by_hand() {
+# is_submission ARGUMENT...: true if the arguments contain --, as in the form that submits a job. A shell inside a job, such
+# as a notebook's, may submit other jobs.
+is_submission() {
   local argument
   for argument in "$@"; do
     [ "$argument" != -- ] || return 0
@@ -18,47 +19,49 @@ is_by_hand() {
   return 1
 }
 
-# take_place: what the nodes of this job need to meet. Sets `job`, its number for people and for scontrol.
-take_place() {
+# set_up_rendezvous: export what the nodes of this job need to find each other. Sets `job`, the job id for messages and for
+# scontrol.
+set_up_rendezvous() {
   local gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-}}
   job=$SLURM_JOB_ID
-  # an array's last task has the array's own number as SLURM_JOB_ID
+  # In the last task of an array, SLURM_JOB_ID is the id of the whole array.
   [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   gpus=${gpus##*:}
   [ -n "$gpus" ] || gpus=$(count_gpus)
   export NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
   check_count NPROC_PER_NODE "$NPROC_PER_NODE"
-  # they meet on the first of them; another job there has another number
+  # The rendezvous is on the first node. The port depends on the job id, so that jobs on the same node do not collide.
   HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p):$((20000 + SLURM_JOB_ID % 10000))
   export HEAD NNODES=$SLURM_NNODES RUN_ID="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
-  # sbatch's --cpus-per-task does not reach srun by itself
+  # srun does not inherit --cpus-per-task from sbatch.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 }
 
-# start_nodes LOG_DIR ARGUMENT...: launch/node.sh on every node of the job, in the background; sets `step` to srun's pid. The
-# ranks of all nodes leave their errors in LOG_DIR, which is made.
+# start_nodes LOG_DIR ARGUMENT...: run launch/node.sh on every node of the job, in the background. Sets `step` to srun's pid.
+# Creates LOG_DIR, in which the ranks of all nodes leave their errors.
 start_nodes() {
-  rm -rf "$1" # a start whose node was lost has left it
+  rm -rf "$1" # left by an earlier start that lost its node
   mkdir -p "$1"
   export LOG_DIR=$1
   shift
-  # shellcheck disable=SC2016 # the node's own, which Slurm sets there
+  # shellcheck disable=SC2016 # expanded on the node, where Slurm sets the variable
   srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --export=ALL --label \
     --kill-on-bad-exit="${kill_on_bad_exit:-1}" "${srun_options[@]}" \
     bash -c 'NODE_NAME=$SLURMD_NODENAME exec "$0" "$@"' "$checkout/launch/node.sh" "$@" </dev/null &
-  # shellcheck disable=SC2034 # for who called
+  # shellcheck disable=SC2034 # used by the caller
   step=$!
-  [ -z "${asked:-}" ] || kill -USR1 "$step" # it came just before
+  [ -z "${asked:-}" ] || kill -USR1 "$step" # the signal arrived just before the start
 }
 
-# finish_nodes: wait for them; sets `status` to 0, or to that of the rank that failed first, whose error is repeated.
+# finish_nodes: wait for the nodes. Sets `status` to 0, or prints the error of the rank that failed first and sets `status` to
+# that rank's exit status.
 finish_nodes() {
   wait_for "$step" && status=0 || status=$?
   [ "$status" = 0 ] || repeat_error "$LOG_DIR"
   rm -rf "$LOG_DIR"
 }
 
-# run_module MODULE ARGUMENT...: that module on every node of this job, to its end; exits with its status.
+# run_module MODULE ARGUMENT...: run the module on every node of this job, and exit with its status.
 run_module() {
   export MODULE=$1
   shift
@@ -68,38 +71,43 @@ run_module() {
   exit "$status"
 }
 
-# describe_job RUN_DIR START: what this job is, how to follow it, how to stop it.
+# describe_job RUN_DIR START: print the job's nodes and ranks, how to follow it, and how to stop it.
 describe_job() {
   local log cores=${SLURM_CPUS_ON_NODE:-$(nproc)}
   log=$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p' | sed -n 1p)
   cat <<END
-job $job, $2. Nodes: $NNODES ($SLURM_JOB_NODELIST), which meet at $HEAD; ranks on each: $NPROC_PER_NODE; cores: $cores.
-run_dir: $1. To follow: ${log:+tail -f }${log:-this terminal}. To stop: touch $1/STOP (saves and ends), or scancel --batch --signal=USR1 $job
-(saves and is requeued), or scancel $job (ends; what is not saved within Slurm's KillWait is lost).
+job $job: $2
+nodes: $NNODES ($SLURM_JOB_NODELIST), rendezvous at $HEAD; per node: $NPROC_PER_NODE ranks, $cores cores
+run_dir: $1
+to follow: ${log:+tail -f }${log:-this terminal}
+to stop: touch $1/STOP (saves, then ends the job), scancel --batch --signal=USR1 $job (saves, then requeues the job),
+  or scancel $job (ends the job; progress not saved within Slurm's KillWait is lost)
 END
   if [ "$cores" -lt "$NPROC_PER_NODE" ]; then
-    echo "warning: fewer cores ($cores) than ranks ($NPROC_PER_NODE) on a node: sbatch --cpus-per-task=N or --exclusive gives more" >&2
+    echo "warning: fewer cores ($cores) than ranks ($NPROC_PER_NODE) per node: request more with sbatch --cpus-per-task=N or --exclusive" >&2
   fi
 }
 
-# look ARGUMENT...: train --dry-run for the job; by srun where that is what has python, as in a container.
-look() {
+# dry_run_in_job ARGUMENT...: train --dry-run with the size of this job. Uses srun if srun_options are set, because then Python
+# may exist only in srun's container.
+dry_run_in_job() {
   local by_srun=()
   [ ${#srun_options[@]} = 0 ] || by_srun=(srun --nodes=1 --ntasks=1 --export=ALL "${srun_options[@]}")
   "${by_srun[@]}" python -m ddp_cifar.train --dry-run --nodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" "$@" </dev/null
 }
 
-# look_and_submit SCRIPT [SBATCH_OPTION ...] -- [ARGUMENT ...]: train --dry-run, then sbatch.
-look_and_submit() {
+# check_and_submit SCRIPT [SBATCH_OPTION ...] -- [ARGUMENT ...]: train --dry-run, then sbatch.
+check_and_submit() {
   local script=$1
   shift
   split_options "$@"
-  look_before_the_queue
+  dry_run_before_submitting
   sbatch "${options[@]}" "$script" "${arguments[@]}"
 }
 
-# split_options [SBATCH_OPTION ...] -- [ARGUMENT ...]: sets `options` and `arguments`, and by the options `nodes`, `ranks` (of each
-# node) and `task` (the first of an array). Makes the folder of the job's log, without which the job would fail without a word.
+# split_options [SBATCH_OPTION ...] -- [ARGUMENT ...]: sets `options` and `arguments`. Reads `nodes`, `ranks` (per node) and
+# `task` (the first task of an array) from the options. Creates the folder of the job's log: without it, Slurm would fail the
+# job without a message.
 split_options() {
   local option value folder='' paths=() total=''
   options=() arguments=() nodes=1 ranks=1 task=''
@@ -110,7 +118,7 @@ split_options() {
   if [ $# -gt 0 ]; then
     arguments=("${@:2}")
   elif [[ " ${options[*]-}" == *" -"* ]]; then
-    refuse "expected [sbatch options] -- [CONFIG.yaml] [key=value ...]: put -- before the arguments of the run"
+    user_error "expected [sbatch options] -- [CONFIG.yaml] [key=value ...]: put -- between sbatch's options and the run's arguments"
   else
     arguments=("${options[@]}") options=()
   fi
@@ -139,16 +147,17 @@ split_options() {
   [[ $ranks =~ ^[1-9][0-9]*$ ]] || ranks=1
   for value in "${paths[@]}"; do
     [[ $value == /* ]] || value=$folder$value
-    [[ ${value%/*} != *%* ]] || refuse "${value%/*} has a % in the name of a folder, which must be there before the job: name one"
+    [[ ${value%/*} != *%* ]] ||
+      user_error "the log folder ${value%/*} contains a % pattern, but it must exist before the job starts: use a fixed folder name"
     mkdir -p "$(dirname "$value")"
   done
 }
 
-# look_before_the_queue: train --dry-run, here, for what split_options has found.
-look_before_the_queue() {
+# dry_run_before_submitting: train --dry-run on this machine, with the values that split_options has set.
+dry_run_before_submitting() {
   if ! command -v torchrun >/dev/null; then
-    [ ${#srun_options[@]} != 0 ] || refuse "torchrun is not on PATH: set up the environment in slurm/site.sh, or make one with \`make install\`"
-    echo "the run is not looked at before it is queued, as torchrun is in the job's container only" >&2
+    [ ${#srun_options[@]} != 0 ] || user_error "torchrun is not on PATH: set up the environment in slurm/site.sh, or create one with \`make install\`"
+    echo "skipping the dry run before submission: torchrun exists only in the job's container" >&2
     return
   fi
   python -m ddp_cifar.train --dry-run --nodes "$nodes" --nproc-per-node "$ranks" "${arguments[@]//%a/${task:-%a}}"

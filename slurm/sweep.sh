@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
-# The runs of a sweep on a Slurm cluster, as an array job of slurm/train.sh:
+# Submit the runs of a sweep to a Slurm cluster, as an array job of slurm/train.sh with one task per run.
+#
+# Usage:
 #
 #     slurm/sweep.sh [sbatch options] -- SWEEP.yaml [key=value ...]
 #
-# A task a run; the options are for each of them. Runs that are finished are left out, the others start, or go on from where they
-# are: after an interruption, the same command again. AT_ONCE=N has at most so many run at a time. python -m ddp_cifar.compare makes
-# the table. Each task reads its arguments from its line of a file in the runs' folder.
+# The sbatch options apply to each task. Finished runs are skipped; the others start or resume. After an interruption, run
+# the same command again. AT_ONCE=N limits the sweep to N running tasks. When the tasks are done, python -m ddp_cifar.compare
+# prints a table. Each task reads its arguments from one line of a file in the sweep's folder.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=slurm/job.sh
 source "$here/job.sh"
 split_options "$@"
-[ -z "$task" ] || refuse "--array is the sweep's own: AT_ONCE=N says how many tasks may run at a time"
+[ -z "$task" ] || user_error "--array is set by the sweep itself: use AT_ONCE=N to limit the number of running tasks"
 for option in "${options[@]}"; do
-  case $option in --chdir* | -D*) refuse "$option: a sweep's runs are looked at from here; submit it from that folder" ;; esac
+  case $option in --chdir* | -D*) user_error "$option is not supported for a sweep: submit the sweep from that folder" ;; esac
 done
 [ -z "${AT_ONCE:-}" ] || check_count AT_ONCE "$AT_ONCE"
-need_torchrun # and so the packages, here too, and not in the jobs' container alone
+need_torchrun # ddp_cifar.sweep runs here, so a container on the nodes is not enough
 lines=$(python -m ddp_cifar.sweep --lines "${arguments[@]}")
 
 tasks=() number=0
@@ -27,18 +29,18 @@ while read -r state quoted; do
   [ ${#tasks[@]} != 1 ] || first=$quoted
 done <<<"$lines"
 [ ${#tasks[@]} != 0 ] || { echo "all $number runs are finished" && exit; }
-eval "arguments=($first)" # as Python's shlex has quoted them
-look_before_the_queue
+eval "arguments=($first)" # quoted by Python's shlex
+dry_run_before_submitting
 folder=$(dirname "${arguments[-1]#run_dir=}")
 name=sweep-${folder//[^[:alnum:]._-]/-}
-waiting=$(squeue --me --noheader --name="$name" --states=PENDING,RUNNING,SUSPENDED --format=%F | sort -u | paste -sd ' ')
-[ -z "$waiting" ] || refuse "this sweep is in the queue already (job $waiting): wait for it, or scancel it"
+queued=$(squeue --me --noheader --name="$name" --states=PENDING,RUNNING,SUSPENDED --format=%F | sort -u | paste -sd ' ')
+[ -z "$queued" ] || user_error "this sweep is already queued (job $queued): wait for it, or cancel it with scancel"
 mkdir -p "$folder"
-# tasks of an earlier submission may be requeued, and read their lines again: another sweep is another file
+# Requeued tasks of an earlier submission read their lines again, so a changed sweep needs a new file.
 lines=$(cut -d ' ' -f 2- <<<"$lines")
 file=$folder/runs-$(cksum <<<"$lines" | cut -d ' ' -f 1).txt
 echo "$lines" >"$file.$$"
 mv "$file.$$" "$file"
 array=$(IFS=, && echo "${tasks[*]}")
 sbatch "${options[@]}" --job-name="$name" --array="$array${AT_ONCE:+%$AT_ONCE}" "$here/train.sh" "@$file"
-printf '%s of %s runs; when they have ended: python -m ddp_cifar.compare %q/*/\n' "${#tasks[@]}" "$number" "$folder"
+printf 'submitted %s of %s runs; to compare them when they are done: python -m ddp_cifar.compare %q/*/\n' "${#tasks[@]}" "$number" "$folder"

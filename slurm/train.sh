@@ -7,53 +7,56 @@
 #SBATCH --open-mode=append
 #SBATCH --wait-all-nodes=1
 #
-# Train on a Slurm cluster:
+# Train on a Slurm cluster.
+#
+# Usage:
 #
 #     sbatch [sbatch options] slurm/train.sh [CONFIG.yaml] [key=value ...]
 #     slurm/train.sh [sbatch options] -- [CONFIG.yaml] [key=value ...]
 #
-# The second form looks at the run first (train --dry-run), so that a typo costs seconds and not a wait in the queue, and then
-# does the first. Options are sbatch's, such as --nodes=4 --gpus-per-node=8 --cpus-per-task=64 --time=8:00:00.
+# The second form checks the run first (train --dry-run), so that a typo fails before the job waits in the queue. It then
+# submits the job with sbatch. Typical options: --nodes=4 --gpus-per-node=8 --cpus-per-task=64 --time=8:00:00.
 #
-# The run is in run_dir=runs/JOB_NAME-JOB_ID, unless the arguments have another run_dir; it stays the same when the job is
-# requeued. Two minutes before the time limit, and when the job is preempted, the run is asked to stop and saves; the job is
-# requeued, and the run goes on. So it is after a crash and after the loss of a node, but not after a mistake or an error of the
-# run itself. In an array job %a in the arguments stands for the task's number, such as seed=%a, and @FILE for the arguments in
-# that line of a file, quoted as for a shell (slurm/sweep.sh).
+# The default run_dir is runs/JOB_NAME-JOB_ID. It stays the same when the job is requeued. Two minutes before the time
+# limit, and on preemption, the run saves and stops; the job is requeued and resumes. A crash or a lost node also requeues
+# the job. A user error or an error of the training itself does not.
 #
-# Settings, by environment variables:
-#   MAX_REQUEUES     times that the job may be requeued (20)
-#   NPROC_PER_NODE   ranks on each node; default: the GPUs that the job has there, else 1
+# In an array job, %a in the arguments is replaced by the task id, as in seed=%a. @FILE is replaced by the arguments in the
+# line of FILE whose number is the task id, quoted as for a shell (slurm/sweep.sh writes such a file).
+#
+# Settings (environment variables):
+#   MAX_REQUEUES     how often the job may be requeued; default 20
+#   NPROC_PER_NODE   ranks per node; default: the job's GPUs per node, or 1 without GPUs
 #   OMP_NUM_THREADS, MAX_RESTARTS, LOCAL_ADDR   as in launch/node.sh
-# What a site needs (modules, an environment, network interfaces) goes into slurm/site.sh: see slurm/README.md.
+# Put the settings of your site (modules, environment, network interfaces) into slurm/site.sh; see slurm/README.md.
 set -euo pipefail
 step='' asked='' ended=''
-# from Slurm: stop, and go on later; srun hands it to the nodes
+# Sent by Slurm before the time limit: save, stop and requeue. srun forwards it to the nodes.
 trap 'asked=1 interrupted=1; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true' USR1
-# from Slurm: cancelled, preempted, requeued, out of time; it has settled what becomes of the job, and tells the nodes itself
+# Sent by Slurm when it cancels, preempts or requeues the job, or at the time limit. Slurm also signals the nodes itself.
 trap 'ended=1 interrupted=1' TERM
 here=$(dirname "${BASH_SOURCE[0]}")
-if [ ! -e "$here/job.sh" ]; then # in a job this file is a copy in Slurm's spool folder
+if [ ! -e "$here/job.sh" ]; then # Slurm runs a copy of this file from its spool folder
   script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=||p' | sed -n 1p)
-  [ -e "$script" ] || script=${script%%.sh *}.sh # its arguments stand behind it
+  [ -e "$script" ] || script=${script%%.sh *}.sh # the line also holds the arguments
   here=$(dirname "$(readlink -f "$script")")
   [ -e "$here/job.sh" ] || here=$SLURM_SUBMIT_DIR/slurm
 fi
 # shellcheck source=slurm/job.sh
 source "$here/job.sh"
 
-if [ -z "${SLURM_JOB_ID:-}" ] || is_by_hand "$@"; then
-  look_and_submit "$here/train.sh" "$@"
+if [ -z "${SLURM_JOB_ID:-}" ] || is_submission "$@"; then
+  check_and_submit "$here/train.sh" "$@"
   exit
 fi
-take_place
+set_up_rendezvous
 
 arguments=()
 for argument in "$@"; do
   if [[ $argument == @* ]]; then
     line=${SLURM_ARRAY_TASK_ID:-1}
     if [ "$line" = 0 ] || ! quoted=$(sed -n "${line}p" "${argument#@}") || [ -z "$quoted" ]; then
-      refuse "$argument: expected a file that has the arguments of task $line in its line $line"
+      user_error "$argument: expected a file whose line $line has the arguments of task $line"
     fi
     eval "arguments+=($quoted)"
   else
@@ -65,48 +68,48 @@ requeues=${SLURM_RESTART_COUNT:-0} max_requeues=${MAX_REQUEUES:-20}
 for argument in "${arguments[@]}"; do
   case $argument in
     run_dir=*) run_dir=${argument#run_dir=} ;;
-    resume=never) [ "$requeues" = 0 ] || arguments+=(resume=auto) ;; # it was meant for the first start
+    resume=never) [ "$requeues" = 0 ] || arguments+=(resume=auto) ;; # it applies only to the first start
   esac
 done
 arguments+=("run_dir=$run_dir")
-# shellcheck disable=SC2016 # OmegaConf's, not the shell's
-[[ $run_dir != *'${'* ]] || refuse "run_dir=$run_dir: expected a folder's name without \${...}"
-[[ $max_requeues =~ ^[0-9]+$ ]] || refuse "MAX_REQUEUES=$max_requeues is not a count: expected a whole number from 0 on"
+# shellcheck disable=SC2016 # an OmegaConf interpolation, not a shell variable
+[[ $run_dir != *'${'* ]] || user_error "run_dir=$run_dir: expected a folder name without \${...}"
+[[ $max_requeues =~ ^[0-9]+$ ]] || user_error "MAX_REQUEUES=$max_requeues is invalid: expected 0 or a positive integer"
 
-# go_on WHY: have the job requeued, so that the run goes on; or leave that to the chain's next job.
-go_on() {
-  local try how="sbatch with run_dir=$run_dir goes on"
+# requeue REASON: requeue the job, so that the run resumes. In a chain, leave that to the next job.
+requeue() {
+  local try how="to resume, submit it again with run_dir=$run_dir"
   if [ -n "${DDP_CIFAR_CHAIN:-}" ]; then
     if [ -n "$(squeue --noheader --name="$SLURM_JOB_NAME" --states=PENDING)" ]; then
-      echo "job $job: $1; the chain's next job goes on"
+      echo "job $job: $1; the next job of the chain resumes it"
       exit 0
     fi
-    echo "error: $1, and this was the chain's last job: another chain with run_dir=$run_dir goes on" >&2
+    echo "error: $1, and this was the last job of the chain; to resume, submit another chain with run_dir=$run_dir" >&2
     exit 1
   fi
   if [ "$requeues" -ge "$max_requeues" ]; then
-    echo "error: $1, and the job was requeued $requeues times (MAX_REQUEUES): $how" >&2
+    echo "error: $1, and the job was already requeued $requeues times (MAX_REQUEUES); $how" >&2
     exit 1
   fi
-  echo "job $job: $1; it is requeued"
-  trap '' TERM # which the requeue sends
+  echo "job $job: $1; requeuing the job"
+  trap '' TERM # sent by scontrol requeue
   for try in 1 2 3; do
     scontrol requeue "$job" && exit 0
-    sleep $((10 * try)) # the controller may be busy, or changing over
+    sleep $((10 * try)) # the controller may be busy, or failing over to its backup
   done
-  echo "error: $1, and Slurm did not requeue the job (above): $how; see slurm/chain.sh" >&2
+  echo "error: $1, and Slurm did not requeue the job (see above); $how, or use slurm/chain.sh" >&2
   exit 1
 }
 
-# end [WHAT]: the run does not go on by itself, nor does a chain. With WHAT it is as it should be, and so is the job.
-end() {
+# end_job [MESSAGE]: exit without a requeue, and cancel the rest of a chain. With MESSAGE, print it and exit with status 0.
+end_job() {
   [ $# = 0 ] || { status=0 && echo "job $job: $1"; }
   [ -z "${DDP_CIFAR_CHAIN:-}" ] || scancel --name="$SLURM_JOB_NAME" --state=PENDING || true
   exit "$status"
 }
 
-# stop_by_hand: Ctrl-C in an allocation of one's own; the second time it does not wait.
-# shellcheck disable=SC2329 # by the trap
+# stop_by_hand: Ctrl-C in an interactive allocation (salloc). The second Ctrl-C does not wait for a save.
+# shellcheck disable=SC2329 # called by the trap
 stop_by_hand() {
   local signal=USR1
   [ -z "$ended" ] || signal=TERM
@@ -114,44 +117,47 @@ stop_by_hand() {
   [ -z "$step" ] || kill -s "$signal" "$step" 2>/dev/null || true
 }
 trap stop_by_hand INT HUP
-describe_job "$run_dir" "start $((requeues + 1)), which can be requeued $((max_requeues - requeues)) times"
+describe_job "$run_dir" "start $((requeues + 1)), $((max_requeues - requeues)) requeues left"
 
 status=0
 if [ "$requeues" = 0 ]; then
-  look "${arguments[@]}" || status=$?
-  [ "$status" = 0 ] || [ -n "$asked$ended" ] || end # the lines above tell
+  dry_run_in_job "${arguments[@]}" || status=$?
+  [ "$status" = 0 ] || [ -n "$asked$ended" ] || end_job # the dry run has printed the reason
   status=0
 fi
-# the run writes its status as soon as it trains; one of an earlier start says nothing about this one
-sign() { stat --format='%i %y' "$run_dir/status" 2>/dev/null || true; }
-before=$(sign)
+# The run writes its status file when it starts to train. An unchanged file is from an earlier start.
+status_stamp() { stat --format='%i %y' "$run_dir/status" 2>/dev/null || true; }
+before=$(status_stamp)
 if [ -z "$asked$ended" ]; then
   start_nodes "$run_dir/logs/start-$job" "${arguments[@]}"
   finish_nodes
 fi
 state='never started'
-if [ "$(sign)" != "$before" ]; then
+if [ "$(status_stamp)" != "$before" ]; then
   state=$(cat "$run_dir/status")
   rm -f "$run_dir/logs/never-started-$job"
 fi
 case $ended,$status,$state in
   1,*)
-    echo "job $job: Slurm or its user has ended this job; it is not requeued from here. The run: $state"
+    echo "job $job: ended by Slurm or by the user; this script does not requeue it. Run status: $state"
     exit "$status"
     ;;
-  ,3,* | ,*,failed*) end ;; # a checkpoint that could not be saved, an error of the run: the line above tells
-  # these are written when all is on the disk; a process that is killed after that changes nothing
-  ,*,"stopped: the file STOP"* | ,*,"stopped: train.deadline"*) end "the run was $state; sbatch with run_dir=$run_dir goes on" ;;
-  ,*,stopped*) go_on "the run was $state" ;;
-  ,*,finished) end "the run: $state" ;;
-  ,*,"never started")
-    # the first start: a mistake that the look could not see. Later: a lost node's lock, a node without the environment
-    if [ -z "$asked" ]; then
-      [ "$status,$requeues" != 2,0 ] || end
-      [ ! -e "$run_dir/logs/never-started-$job" ] || end
-      touch "$run_dir/logs/never-started-$job" || end
-    fi
-    go_on "the run never started"
+  ,3,* | ,*,failed*) end_job ;; # a failed save or a failed run; its error is printed above
+  # The run writes these after its last save, so a process that is killed later changes nothing.
+  ,*,"stopped: the file STOP"* | ,*,"stopped: train.deadline"*)
+    end_job "the run $state; to resume, submit it again with run_dir=$run_dir"
     ;;
-  *) go_on "the run has crashed ($state)" ;;
+  ,*,stopped*) requeue "the run $state" ;;
+  ,*,finished) end_job "the run $state" ;;
+  ,*,"never started")
+    # First start: a user error that the dry run could not find. Later: the lock of a lost node, or a node without the
+    # environment. These may be temporary, so requeue once.
+    if [ -z "$asked" ]; then
+      [ "$status,$requeues" != 2,0 ] || end_job
+      [ ! -e "$run_dir/logs/never-started-$job" ] || end_job
+      touch "$run_dir/logs/never-started-$job" || end_job
+    fi
+    requeue "the run did not start"
+    ;;
+  *) requeue "the run crashed (status: $state)" ;;
 esac

@@ -1,4 +1,4 @@
-"""Fixtures of all tests."""
+"""Fixtures for all tests."""
 
 import contextlib
 import os
@@ -18,19 +18,20 @@ from ranks import RankPool
 
 import ddp_cifar.command
 import ddp_cifar.train
-from ddp_cifar.distributed import World, open_world
+from ddp_cifar.distributed.rendezvous import open_world
+from ddp_cifar.distributed.world import World
 
 CHECKOUT = Path(__file__).parent.parent
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
-    """With NO_SKIPS set, as in CI, a skipped test fails, but for those marked gpu."""
+    """With NO_SKIPS set, as in CI, a skipped test fails, unless it is marked gpu."""
     outcome = yield
     report = outcome.get_result()
     if report.skipped and os.environ.get("NO_SKIPS") and not item.get_closest_marker("gpu"):
         report.outcome = "failed"
-        report.longrepr = f"skipped where nothing may be: {report.longrepr}"
+        report.longrepr = f"skipped, but NO_SKIPS is set: {report.longrepr}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _leaves_no_trace() -> Iterator[None]:
-    """A test leaves the environment, the process group and non-daemon threads as it found them."""
+    """A test must not leave changes in the environment, a process group, or non-daemon threads."""
     environment, threads = dict(os.environ), set(threading.enumerate())
     yield
     if dist.is_initialized():
@@ -50,7 +51,7 @@ def _leaves_no_trace() -> Iterator[None]:
     changed -= {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
     assert not changed, f"the test changed environment variables: {changed}"
     left = [thread for thread in set(threading.enumerate()) - threads if not thread.daemon and thread.is_alive()]
-    assert not left, f"the test left threads: {left}"
+    assert not left, f"the test left threads running: {left}"
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +63,7 @@ def ranks() -> Iterator[RankPool]:
 
 @pytest.fixture
 def alone() -> Iterator[World]:
-    """A world of one, in this process."""
+    """A world of one rank, in this process."""
     with open_world("cpu") as world:
         yield world
 
@@ -76,7 +77,7 @@ class Outcome:
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """`python -m ddp_cifar.train ARGUMENTS` within this process."""
+    """Runs `python -m ddp_cifar.train ARGUMENTS` in this process."""
 
     def run(*arguments: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["train", *arguments])
@@ -96,7 +97,7 @@ def train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture(scope="session")
 def shell() -> Callable[..., Outcome]:
-    """A command as a user would type it in the checkout, with the environment's programs on PATH."""
+    """Runs a command in the checkout as a user would, with the programs of the environment on PATH."""
 
     def run(*command: str, timeout: float = 120, cwd: Path = CHECKOUT, **environment: str) -> Outcome:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -1,26 +1,27 @@
 """Small data sets, configs and trainers for the tests."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from launched import TIME_KEYS
 from torch import nn
 
-from ddp_cifar.checkpoint import Checkpoints, NullCheckpoints
 from ddp_cifar.config import Config, load_config
 from ddp_cifar.data.dataset import DataSet, Split
-from ddp_cifar.distributed import World
-from ddp_cifar.models import MODELS
-from ddp_cifar.tracking import NullTracker, Scalars
-from ddp_cifar.train import TABLES, build_trainer
-from ddp_cifar.trainer import Trainer
+from ddp_cifar.data.loader import StepBatch
+from ddp_cifar.distributed.world import World
+from ddp_cifar.registry import BUILT_IN
+from ddp_cifar.run.checkpoint_store import Checkpoints
+from ddp_cifar.tracking.base import NullTracker, Scalars
+from ddp_cifar.training.build import build_trainer
+from ddp_cifar.training.totals import Totals
+from ddp_cifar.training.trainer import Trainer
 
 CLASSES = tuple("abcdefghij")
 
 
 class Tiny(nn.Sequential):
-    """A network with all that the CNN has (BatchNorm, dropout of both kinds), a thousandth of its size."""
+    """A network with the same kinds of layers as the CNN (BatchNorm, both dropouts), a thousandth of its size."""
 
     def __init__(self, num_classes: int, image_size: int) -> None:
         super().__init__(
@@ -38,12 +39,12 @@ class Tiny(nn.Sequential):
         )
 
 
-MODELS["tiny"] = Tiny
+BUILT_IN["model.name"]["tiny"] = "helpers:Tiny"
 
 
 def config_of(*arguments: str) -> Config:
-    """The config that a command line gives."""
-    return load_config(arguments, TABLES)
+    """The config of a command line."""
+    return load_config(arguments)
 
 
 def random_split(num_images: int, seed: int = 0, classes: int = 10, image_size: int = 32) -> Split:
@@ -64,7 +65,19 @@ def make_trainer(
     *,
     checkpoints: Checkpoints | None = None,
 ) -> Trainer:
-    return build_trainer(config, world, dataset, checkpoints or NullCheckpoints(Path("nowhere"), keep=1))
+    return build_trainer(config, world, dataset, checkpoints)
+
+
+def evaluate(trainer: Trainer) -> Totals:
+    """Loss and accuracy on the test images."""
+    return trainer.evaluator.evaluate(trainer.evaluator.held_out["test"])
+
+
+def take_step(trainer: Trainer, batch: StepBatch) -> None:
+    """One step, as in `Trainer.train_epoch`."""
+    result = trainer.train_step(batch, trainer.progress.step, trainer.metrics)
+    trainer.progress.advance(trainer.plan.steps_per_epoch, updated=result.updated)
+    trainer.metrics.add_step(result.grad_norm, batch)
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -74,13 +87,13 @@ def without_dropout(model: nn.Module) -> None:
 
 
 def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
-    """Over two dicts of tensors with the same keys."""
+    """The largest absolute difference between two dicts of tensors with the same keys."""
     assert a.keys() == b.keys()
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
 
 
 class Rows(NullTracker):
-    """A tracker that keeps its rows, without what depends on time."""
+    """A tracker that keeps its rows, without the values that depend on time."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -92,3 +105,36 @@ class Rows(NullTracker):
 
     def sync(self) -> None:
         self.synced.append(self.rows[-1]["step"])
+
+
+def state_of(value: float = 1.0) -> dict[str, Any]:
+    return {
+        "model": {"weight": torch.full((1000,), value)},
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"betas": (0.9, 0.999)}]},
+        "progress": {"step": 3, "results": {"test/accuracy": 0.5}},
+        "config": {"seed": 0, "clip": None},
+    }
+
+
+SMALL = ("train.global_batch_size=16", "train.micro_batch_size=4", "train.epochs=1", "train.log_every=1")
+
+
+def trained(world: World, *arguments: str, images: int = 44) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """The weights after one epoch, and the rows."""
+    trainer = make_trainer(world, config_of(*SMALL, *arguments), random_dataset(images, test=10))
+    rows = Rows()
+    trainer.fit(rows)
+    return {name: value.cpu() for name, value in trainer.model.state_dict().items()}, rows.rows
+
+
+TEN_STEPS = (
+    "precision=fp32",
+    "optim.name=sgd",
+    "optim.momentum=0",
+    "optim.lr=0.01",
+    "optim.schedule=constant",
+    "optim.warmup_epochs=0",
+    "train.global_batch_size=32",
+    "train.epochs=4",
+    "train.max_steps=10",
+)

@@ -1,10 +1,11 @@
-"""Real runs of a small recipe by launch/local.sh: started, looked at, compared."""
+"""Start real runs of a small recipe with launch/local.sh, inspect them, and compare their results."""
 
 import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddp_cifar.checkpoint import digest, load_checkpoint
+from ddp_cifar.run.checkpoint_file import digest, load_checkpoint
 
 CHECKOUT = Path(__file__).parent.parent
 ARGUMENTS = (
@@ -42,7 +43,7 @@ LONG = ("train.epochs=400",)
 
 @dataclass(frozen=True)
 class Result:
-    """What must not depend on the interruptions."""
+    """The results of a run that must not depend on interruptions."""
 
     state: str
     rows: list[dict[str, Any]]
@@ -55,28 +56,35 @@ class Result:
 
 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what depends on time."""
+    """The rows of metrics.jsonl, without the keys that depend on time."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not TIME_KEYS.match(key)} for row in rows]
 
 
 def environment_of(**settings: str) -> dict[str, str]:
-    """This one's, with this Python's programs first, and some settings."""
+    """A copy of this environment with `settings`, and with the programs of this Python first on PATH."""
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **settings}
 
 
-def start(run_dir: Path, ranks: int, *arguments: str, **environment: str) -> "subprocess.Popen[bytes]":
-    """launch/local.sh with `ranks` processes."""
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def start(
+    run_dir: Path, ranks: int, *arguments: str, script: str = "local.sh", **environment: str
+) -> "subprocess.Popen[bytes]":
+    """Start launch/local.sh, or another script of its folder, with `ranks` ranks; the output goes to terminal.txt."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    # a rank that is stopped, or blocked, is not waited for
+    # do not wait for a rank that is stopped or blocked
     settings = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10", "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": str(ranks)}
     with open(run_dir / "terminal.txt", "ab") as terminal:
         return subprocess.Popen(
-            [str(CHECKOUT / "launch" / "local.sh"), *ARGUMENTS, *arguments, f"run_dir={run_dir}"],
+            [str(CHECKOUT / "launch" / script), *ARGUMENTS, *arguments, f"run_dir={run_dir}"],
             cwd=CHECKOUT,
             env=environment_of(**settings | environment),
             stdin=subprocess.DEVNULL,
-            # tests in the background of a shell inherit it ignored, and so would every process from here on
+            # a shell starts background jobs with SIGINT ignored, and all child processes would inherit that
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             stdout=terminal,
             stderr=terminal,
@@ -84,7 +92,7 @@ def start(run_dir: Path, ranks: int, *arguments: str, **environment: str) -> "su
 
 
 def processes(run_dir: Path) -> dict[str, list[int]]:
-    """The pids of a run's processes: `agents` (torchrun) and `ranks`, whose parents they are."""
+    """The pids of a run's processes: `agents` (torchrun), `shells` (the launch scripts), and `ranks`."""
     commands: dict[int, str] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -116,18 +124,18 @@ def wait_until(condition: Callable[[], Any], seconds: float) -> bool:
 
 
 class Run:
-    """One run_dir, and the processes that a test starts in it."""
+    """A run_dir, and the processes that a test starts in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.launcher: subprocess.Popen[bytes] | None = None
 
     def launch(self, *arguments: str, ranks: int = 2, **environment: str) -> None:
-        """launch/local.sh, for the short run."""
+        """Start launch/local.sh for the short run."""
         self.launcher = start(self.path, ranks, *SHORT, *arguments, **environment)
 
     def start(self, *arguments: str, ranks: int = 2, **environment: str) -> None:
-        """The same, under way: it has saved a checkpoint when this returns."""
+        """Start launch/local.sh, and wait until the run has saved a new checkpoint."""
         newest = lambda: max(self.path.glob("checkpoints/step_*.pt"), default=None)  # noqa: E731
         before = newest()
         self.launch(*arguments, ranks=ranks, **environment)
@@ -135,7 +143,7 @@ class Run:
         assert self.launcher.poll() is None, self.terminal
 
     def ranks(self) -> list[int]:
-        """Pids, in the order of ranks."""
+        """The pids of the ranks, in the order of ranks."""
         signs = [json.loads((self.path / "heartbeats" / f"rank_{rank}").read_text()) for rank in range(self.size)]
         return [sign["pid"] for sign in signs]
 
@@ -144,14 +152,14 @@ class Run:
         return len(processes(self.path)["ranks"])
 
     def end(self, timeout: float = 90) -> int:
-        """Wait for the launcher and all processes; returns the launcher's exit status."""
+        """Wait until the launcher and all processes have exited; return the launcher's exit status."""
         assert self.launcher is not None
         status = self.launcher.wait(timeout)
         assert wait_until(lambda: not any(processes(self.path).values()), 30), processes(self.path)
         return status
 
     def finish(self, *arguments: str, ranks: int = 2) -> "Result":
-        """Start it again and let it end; what it came to."""
+        """Start the run again, wait until it has finished, and return its result."""
         self.launch(*arguments, ranks=ranks)
         assert self.end(300) == 0, self.terminal
         assert self.status == "finished"
@@ -167,5 +175,5 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Of the newest checkpoint."""
+        """The step of the newest checkpoint."""
         return int(load_checkpoint(max(self.path.glob("checkpoints/step_*.pt")))["progress"]["step"])

@@ -1,4 +1,4 @@
-"""Runs a function on n ranks, each a real process in one gloo group, and returns every rank's result."""
+"""Run a function on n ranks, each a process in one gloo group, and return the result of every rank."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -12,22 +12,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ddp_cifar.distributed import open_world
+from ddp_cifar.distributed.rendezvous import open_world
 
 TIMEOUT_S = 180
 
 
 class RankPool:
-    """Up to `size` processes that serve one test after another, as importing torch anew for each would take seconds."""
+    """Up to `size` processes that are reused for all tests, because every new process takes seconds to import torch."""
 
-    def __init__(self, size: int = 4) -> None:
+    def __init__(self, size: int = 8) -> None:
         self.size = size
         self.workers: list[tuple[Any, multiprocessing.connection.Connection]] = []
 
     def run(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-        """`function(world, *args)` on ranks 0 to world_size - 1; raises with the traceback of a rank that failed."""
+        """Run `function(world, *args)` on all ranks. Raises `AssertionError` with the traceback of a failed rank."""
         self._start(world_size)
-        # the ranks meet as under torchrun: at a store that is not theirs, on whatever port is free
+        # the rendezvous is as under torchrun: a store of another process, on a free port
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, (_, pipe) in enumerate(self.workers[:world_size]):
             environment = {
@@ -51,7 +51,7 @@ class RankPool:
                 try:
                     succeeded, value = pickle.loads(pipe.recv_bytes())
                 except EOFError:
-                    succeeded, value = False, "the process ended"
+                    succeeded, value = False, "the process exited"
                 if succeeded:
                     results[rank] = value
                 else:

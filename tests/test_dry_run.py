@@ -1,4 +1,4 @@
-"""`train --dry-run`: what it says is what a run then does, and what it refuses a run would refuse."""
+"""`train --dry-run`: its description matches the run, and it rejects what a run would reject."""
 
 import os
 import re
@@ -9,19 +9,20 @@ from typing import Any
 import pytest
 import torch
 from helpers import config_of
+from launched import CHECKOUT
 from PIL import Image
 from test_mistakes import TINY, one_line
 
-from ddp_cifar.data import build_dataset, outline_dataset
-from ddp_cifar.distributed import World
+from ddp_cifar.data import build_dataset, dataset_metadata
+from ddp_cifar.distributed.world import World
 
 Train = Callable[..., Any]
 
 
-def look(train: Train, *arguments: str) -> dict[str, str]:
+def dry_run(train: Train, *arguments: str) -> dict[str, str]:
     outcome = train("--dry-run", *arguments)
     assert outcome.status == 0, outcome
-    return {name.strip(): text for name, text in re.findall(r"^(.{14}) (.*)$", outcome.out, re.MULTILINE)}
+    return {name.strip(): text for name, text in re.findall(r"^(.{15}) (.*)$", outcome.out, re.MULTILINE)}
 
 
 def images_in(folder: Path) -> Path:
@@ -41,29 +42,31 @@ def images_in(folder: Path) -> Path:
         ("data.name=imagefolder", "data.val_images=3"),
     ],
 )
-def test_an_outline_has_the_shape_of_the_data(alone: World, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_dataset_metadata_has_the_shape_of_the_data(alone: World, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     config = config_of(*arguments, f"data.root={images_in(tmp_path / 'images')}").data
-    outline = outline_dataset(config, alone)
+    metadata = dataset_metadata(config, alone)
     assert not (tmp_path / "images" / ".cache").exists()
     dataset = build_dataset(config, alone)
     for name in ("train", "val", "test"):
-        expected, found = getattr(dataset, name), getattr(outline, name)
+        expected, found = getattr(dataset, name), getattr(metadata, name)
         assert (expected is None) == (found is None)
         if expected:
             assert (len(found), found.images.shape) == (len(expected), expected.images.shape)
             assert found.images.device.type == "meta"
-    assert outline.classes == dataset.classes
+    assert metadata.classes == dataset.classes
 
 
-def test_cifar10_is_outlined_without_being_there(train: Train, tmp_path: Path) -> None:
+def test_cifar10_is_described_without_a_download(train: Train, tmp_path: Path) -> None:
     root = f"data.root={tmp_path}"
     outcome = train("--dry-run", "--nodes", "2", "--nproc-per-node=4", root, f"run_dir={tmp_path / 'run'}")
     assert "CIFAR-10 is not in data.root=" in outcome.err
-    assert "python -m ddp_cifar.prepare has it there beforehand" in outcome.err
+    assert "to download it now, run python -m ddp_cifar.prepare" in outcome.err
     assert "50,000 train, 10,000 test images of 10 classes, 32 x 32 pixels" in outcome.out
     assert "5,852,170 parameters" in outcome.out
     assert "8 (2 nodes x 4)" in outcome.out
-    assert "512 images a step = 8 ranks x 64 images, 98 steps an epoch of 50000 images" in outcome.out
+    assert (
+        "512 images per step = 8 ranks x 1 micro-batch of 64 images; 98 steps per epoch of 50000 images" in outcome.out
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -71,29 +74,58 @@ def test_cifar10_is_outlined_without_being_there(train: Train, tmp_path: Path) -
     "more",
     [(), ("optim.name=sgd", "train.ema_decay=0.9"), ("optim.name=torch.optim:RMSprop", "model.name=resnet9")],
 )
-def test_a_checkpoint_has_the_size_that_was_foretold(train: Train, tmp_path: Path, more: tuple[str, ...]) -> None:
+def test_a_checkpoint_has_the_predicted_size(train: Train, tmp_path: Path, more: tuple[str, ...]) -> None:
     arguments = (*TINY, *more, f"run_dir={tmp_path / 'run'}")
-    foretold = look(train, *arguments)
-    assert "(new)" in foretold["run_dir"]
+    predicted = dry_run(train, *arguments)
+    assert "(new)" in predicted["run_dir"]
     done = train(*arguments)
     assert done.status == 0
-    assert foretold["a step"] in done.out, "the plan is the run's"
+    assert predicted["step"] in done.out, "the run has the same plan"
     size = os.path.getsize(tmp_path / "run" / "checkpoints" / "latest.pt") / 1e6
-    assert float(foretold["a checkpoint"].split()[0]) == pytest.approx(size, rel=0.01)
-    assert "(finished: epoch 1, step 2" in look(train, *arguments)["run_dir"]
-    assert "(goes on from epoch 1, step 2" in look(train, *arguments, "train.epochs=3")["run_dir"]
+    assert float(predicted["checkpoint"].split()[0]) == pytest.approx(size, rel=0.01)
+    assert "(finished: epoch 1, step 2" in dry_run(train, *arguments)["run_dir"]
+    assert "(resumes from epoch 1, step 2" in dry_run(train, *arguments, "train.epochs=3")["run_dir"]
 
 
-def test_memory_is_the_sum_of_what_a_rank_holds(train: Train) -> None:
-    """By hand: four bytes a number, of the weights, their gradients and Adam's two moments; and the images."""
-    said = look(train, *TINY)["memory a rank"]
-    total, state, activations, images = (int(number) for number in re.findall(r"(\d+) MB", said))
+def test_memory_per_rank_is_the_sum_of_its_parts(train: Train) -> None:
+    """Computed by hand: four bytes per number for weights, gradients and Adam's two moments; plus the images."""
+    text = dry_run(train, *TINY)["memory per rank"]
+    total, state, activations, images = (int(number) for number in re.findall(r"(\d+) MB", text))
     assert state == pytest.approx(4 * 4 * 5_852_170 / 1e6, abs=1)
     assert images == 0
     assert total == pytest.approx(state + activations, abs=1)
-    twice = look(train, *TINY, "train.micro_batch_size=32")["memory a rank"]
-    # what autograd keeps grows with the images, but for the weights in bf16 that it keeps once
+    twice = dry_run(train, *TINY, "train.micro_batch_size=32")["memory per rank"]
+    # the tensors that autograd keeps grow with the images, except for the bf16 copy of the weights
     assert activations < int(re.findall(r"(\d+) MB", twice)[2]) < 2 * activations
+
+
+SIZES = [(1, 1), (1, 3), (1, 8), (2, 4), (4, 8), (8, 8)]
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (CHECKOUT / "configs").glob("*.yaml")))
+def test_every_recipe_works_on_any_number_of_ranks(train: Train, tmp_path: Path, recipe: str) -> None:
+    for nodes, ranks in SIZES:
+        lines = dry_run(
+            train, f"--nodes={nodes}", f"--nproc-per-node={ranks}", f"configs/{recipe}.yaml", f"run_dir={tmp_path}"
+        )
+        assert f"= {nodes * ranks} rank" in lines["step"]
+
+
+def test_with_more_ranks_than_micro_batches_there_is_advice_on_batchnorm_and_equal_results(
+    train: Train, tmp_path: Path
+) -> None:
+    arguments = ("--nproc-per-node=4", *TINY, f"run_dir={tmp_path / 'run'}")
+    out = train("--dry-run", *arguments).out
+    assert "BatchNorm now sees 8 images per micro-batch, and results differ from those on 1 to 2 ranks" in out
+    assert "With train.micro_batch_size=8 results are the same on 1 to 4 ranks" in out
+    assert "images per GPU" not in out, "the run is on the CPU"
+    out = train("--dry-run", *arguments, "device=auto").out
+    assert "8 images per GPU and step are too few" in out
+    out = train("--dry-run", *arguments, "train.micro_batch_size=7").out
+    assert (
+        "4 ranks have 1 to 2 of 5 micro-batches each, and a rank waits for 38% of a step on average: train.micro_batch_size=4"
+        in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,29 +134,37 @@ def test_memory_is_the_sum_of_what_a_rank_holds(train: Train) -> None:
         (("--nodes=0",), ("--nodes 0 is out of range",)),
         (("--nproc-per-node", "x"), ("argument --nproc-per-node/--nproc_per_node: invalid int value: 'x'",)),
         (("--ndoes=2",), ("unrecognized arguments: --ndoes=2", "--help lists")),
-        (("--nodes=3",), ("2 micro-batches of 16 images", "3 ranks")),
+        (("--nodes=33",), ("train.global_batch_size=32", "ranks (33)", "at most 32 ranks")),
+        (
+            ("train.reproducible=true", "--nodes=3"),
+            ("supports at most 2 ranks, found 3", "train.micro_batch_size=11 or less"),
+        ),
+        (
+            ("data.shapes.train_images=66", "model.name=torchvision", "model.args.name=resnet18"),
+            ("model.name=torchvision cannot train on one image", "use train.global_batch_size=31"),
+        ),
         (("optim.lrr=1",), ("optim.lrr", "did you mean optim.lr?")),
-        (("model.args.width=1",), ("model.args", "does not take")),
+        (("model.args.width=1",), ("model.args", "width")),
         (("optim.name=torch.optim:RMSprop", "optim.args.alfa=1"), ("optim.name=torch.optim:RMSprop", "alfa")),
         (("model.init=nowhere.pt",), ("model.init=nowhere.pt does not exist",)),
-        (("data.name=imagefolder", "data.root=nowhere"), ("needs the folder nowhere/train",)),
+        (("data.name=imagefolder", "data.root=nowhere"), ("the folder nowhere/train does not exist",)),
         (("data.image_size=64",), ("data.image_size=64", "32 x 32")),
     ],
 )
-def test_what_a_run_would_refuse(
+def test_a_user_error_of_the_run_is_found(
     train: Train, tmp_path: Path, arguments: tuple[str, ...], expected: tuple[str, ...]
 ) -> None:
     one_line(train("--dry-run", *TINY, f"run_dir={tmp_path / 'run'}", *arguments), *expected)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_resume_that_would_be_refused(train: Train, tmp_path: Path) -> None:
+def test_a_resume_with_other_settings_is_rejected(train: Train, tmp_path: Path) -> None:
     arguments = (*TINY, f"run_dir={tmp_path / 'run'}")
     assert train(*arguments).status == 0
     one_line(train("--dry-run", *arguments, "optim.lr=0.5"), "optim.lr=", "now 0.5", "another run_dir")
 
 
-def test_it_is_for_one_process(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dry_run_rejects_torchrun(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     one_line(train("--dry-run", *TINY), "--dry-run runs on one process, found 2")

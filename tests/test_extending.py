@@ -1,4 +1,4 @@
-"""One's own model, data, optimizer and tracker: the page's example as it stands, every built-in model, and mistakes."""
+"""User-defined models, data, optimizers and trackers: the example of docs/extending.md, every built-in model, and user errors."""
 
 import functools
 import json
@@ -13,21 +13,21 @@ from helpers import Rows, config_of, make_trainer, random_dataset
 from ranks import RankPool
 from torch import nn
 
-from ddp_cifar.checkpoint import digest, load_checkpoint
 from ddp_cifar.config import load_config, to_dict, to_yaml
 from ddp_cifar.data import DataSet, Split, build_dataset
-from ddp_cifar.distributed import World
+from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
 from ddp_cifar.models import build_model
-from ddp_cifar.tracking import OwnTracker, build_own_tracker
+from ddp_cifar.run.checkpoint_file import digest, load_checkpoint
+from ddp_cifar.tracking import CustomTracker, build_custom_tracker
 
 CHECKOUT = Path(__file__).parent.parent
 PAGE = (CHECKOUT / "docs" / "extending.md").read_text()
 
 
 def example() -> tuple[str, str]:
-    """The page's first program, and the command that runs it."""
+    """Return the first program of the page, and the command that runs it."""
     program = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
     command = re.search(r"^    (torchrun (?:.*\\\n)*.*)$", PAGE, re.MULTILINE)
     assert program
@@ -35,7 +35,7 @@ def example() -> tuple[str, str]:
     return program[1], command[1].replace("\\\n", " ")
 
 
-def test_the_pages_example_runs_as_it_stands(tmp_path: Path, shell: Callable[..., Any]) -> None:
+def test_the_example_of_the_page_runs_unchanged(tmp_path: Path, shell: Callable[..., Any]) -> None:
     program, command = example()
     (tmp_path / "mine.py").write_text(program)
     done = shell("bash", "-c", f"{command} device=cpu", cwd=tmp_path, timeout=200)
@@ -72,14 +72,14 @@ def two_steps(world: World, *arguments: str) -> tuple[str, Any]:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_every_built_in_model_has_the_same_bits_on_1_and_2_ranks(ranks: RankPool, name: str) -> None:
+def test_every_built_in_model_is_bitwise_identical_on_1_and_2_ranks(ranks: RankPool, name: str) -> None:
     one, two = (ranks.run(two_steps, n, *BUILT_IN[name]) for n in (1, 2))
     assert two == one * 2
     assert one[0][1][-1]["test/loss"] > 0
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("resnet18", 11_173_962), ("resnet9", 6_573_120)])
-def test_residual_networks_have_the_parameters_they_are_known_by(name: str, parameters: int) -> None:
+def test_residual_networks_have_their_published_number_of_parameters(name: str, parameters: int) -> None:
     for classes, size in ((10, 32), (3, 8), (100, 64)):
         model = build_model(config_of(f"model.name={name}").model, classes, size)
         assert model(torch.zeros(2, 3, size, size)).shape == (2, classes)
@@ -87,7 +87,7 @@ def test_residual_networks_have_the_parameters_they_are_known_by(name: str, para
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-def test_arguments_come_from_a_file_too_and_keep_their_types(tmp_path: Path) -> None:
+def test_arguments_from_a_file_keep_their_types(tmp_path: Path) -> None:
     text = (
         "model:\n  name: mobilenet\n  args: {width: 2, rate: 1e-3, name: on, sizes: [1, 2.5, x], deep: {more: null}}\n"
     )
@@ -105,8 +105,8 @@ def test_arguments_come_from_a_file_too_and_keep_their_types(tmp_path: Path) -> 
     assert config_of(str(tmp_path / "again.yaml")).model == config.model
 
 
-def test_arguments_survive_a_file_and_a_checkpoint_as_they_were(tmp_path: Path) -> None:
-    """Words that look like something else, and what is empty, through YAML and through a checkpoint's config."""
+def test_arguments_survive_a_file_and_a_checkpoint_unchanged(tmp_path: Path) -> None:
+    """Strings that look like other types, and empty values, survive YAML and a checkpoint's config."""
     args = {
         "words": ["50", "on", "#fff", "a, b", "2026-11-24", "1e-3", ""],
         "empty": {},
@@ -117,19 +117,19 @@ def test_arguments_survive_a_file_and_a_checkpoint_as_they_were(tmp_path: Path) 
     assert config.model.args == args
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert config_of(str(tmp_path / "again.yaml")).model.args == args
-    assert load_config([], {}, base=to_dict(config)).model.args == args
-    assert load_config(["model.args.more=1e-3"], {}, base=to_dict(config)).model.args == {**args, "more": 1e-3}
+    assert load_config([], base=to_dict(config)).model.args == args
+    assert load_config(["model.args.more=1e-3"], base=to_dict(config)).model.args == {**args, "more": 1e-3}
     assert config_of("model.args.day=2026-11-24").model.args == {"day": "2026-11-24"}
 
 
 @pytest.mark.parametrize("text", ["model: {args: {3: x}}", "model: {args: [3]}", "model: {args: 3}"])
-def test_arguments_that_are_none_are_one_line(tmp_path: Path, text: str) -> None:
+def test_args_that_are_not_a_mapping_raise_an_error_of_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "wrong.yaml").write_text(text)
     with pytest.raises(UserError, match=r"wrong\.yaml: model\.args=.* has the wrong type: expected KEY=VALUE$"):
         config_of(str(tmp_path / "wrong.yaml"))
 
 
-# -- mistakes, each one line
+# -- user errors, one line each
 
 
 def nothing(root: str) -> None: ...
@@ -192,12 +192,12 @@ class Half:
 
 
 def build(argument: str, world: World) -> None:
-    """What a run with this argument would build."""
+    """Build what a run with this argument builds."""
     config = config_of(argument)
     if argument.startswith("data"):
         build_dataset(config.data, world)
     elif argument.startswith("tracking"):
-        build_own_tracker(config)
+        build_custom_tracker(config)
     else:
         make_trainer(world, config, random_dataset(512))
 
@@ -207,7 +207,7 @@ def build(argument: str, world: World) -> None:
     [
         (
             "model.name=resnet19",
-            "model.name=resnet19 is not known: expected cnn, resnet18, resnet9, torchvision, ",
+            "model.name=resnet19 is unknown: expected cnn, resnet18, resnet9, torchvision, ",
         ),
         ("model.name=nowhere.at:all", "cannot import nowhere.at (No module named 'nowhere')"),
         ("model.name=:all", "model.name=:all is not of the form package.module:function"),
@@ -215,35 +215,38 @@ def build(argument: str, world: World) -> None:
         ("model.name=test_extending:CHECKOUT", "has no function CHECKOUT"),
         (
             "model.name=test_extending:wrong_head",
-            "makes (2, 11) of images of shape (2, 3, 32, 32) in training: expected logits",
+            "fails on images of shape (2, 3, 32, 32): it returns (2, 11) in training, expected logits",
         ),
-        ("model.name=test_extending:wrong_body", "fails on images of shape (2, 3, 32, 32) (mat1 and mat2 shapes"),
+        ("model.name=test_extending:wrong_body", "fails on images of shape (2, 3, 32, 32): mat1 and mat2 shapes"),
         ("model.name=test_extending:no_module", "returned a str: expected a torch.nn.Module"),
         (
             "model.args.width=2",
-            "CNN(num_classes: int = 10, image_size: int = 32) -> None is called with (int, int, width=2)",
+            "CNN(num_classes: int = 10, image_size: int = 32) -> None does not accept the arguments (int, int, width=2)",
         ),
-        ("optim.name=adamm", "expected adam, adamw, sgd, or package.module:function of your own; did you mean adam?"),
+        (
+            "optim.name=adamm",
+            "expected adam, adamw, sgd, or a user-defined package.module:function; did you mean adam?",
+        ),
         ("optim.name=torch.optim:Adamm", "has no Adamm; did you mean Adam"),
-        ("optim.args.betta=1", "optim.name=adam does not take optim.args={'betta': 1}"),
-        ("optim.name=test_extending:no_module", "which it does not take"),
+        ("optim.args.betta=1", "optim.name=adam does not accept optim.args={'betta': 1}"),
+        ("optim.name=test_extending:no_module", "does not accept the arguments"),
         ("data.name=test_extending:nothing", "returned a NoneType: expected a ddp_cifar.data.DataSet"),
         (
             "data.name=test_extending:grey",
-            "the images of a split are torch.uint8 of shape (4, 1, 8, 8): expected uint8 of shape",
+            "the images of a split have type torch.uint8 and shape (4, 1, 8, 8): expected torch.uint8 and (N, 3, S, S)",
         ),
         (
             "data.name=test_extending:mislabelled",
-            "labels of the train split go from 0 to 3: expected 0 to 1 (2 classes)",
+            "the labels of the train split range from 0 to 3: expected 0 to 1 (2 classes)",
         ),
-        ("data.name=test_extending:two_sizes", "the test images have 16 x 16 pixels, those of train 8 x 8"),
+        ("data.name=test_extending:two_sizes", "the test images have 16 x 16 pixels, the train images 8 x 8"),
         (
             "data.name=test_extending:no_data",
             "data.name=test_extending:no_data failed at data.root=data (ConnectionError: no route)",
         ),
         (
             "model.name=test_extending:three_outputs",
-            "makes tuple of images of shape (2, 3, 32, 32) in training: expected logits",
+            "fails on images of shape (2, 3, 32, 32): it returns tuple in training, expected logits",
         ),
         ("optim.name=test_extending:Picky", "(not today)"),
         (
@@ -252,22 +255,22 @@ def build(argument: str, world: World) -> None:
         ),
         (
             "tracking.name=tensorbord",
-            "tracking.name=tensorbord is not known: expected package.module:function of your own",
+            "tracking.name=tensorbord is unknown: expected a user-defined package.module:function",
         ),
         (
             "tracking.name=test_extending:Half",
-            "tracking.name=test_extending:Half has no close: expected log(scalars, step) and",
+            "tracking.name=test_extending:Half has no close; expected log(scalars, step) and",
         ),
     ],
 )
-def test_what_does_not_fit_is_one_line(alone: World, argument: str, message: str) -> None:
+def test_a_wrong_user_defined_function_raises_an_error_of_one_line(alone: World, argument: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         build(argument, alone)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_tracker_that_fails_costs_a_warning(
+def test_a_tracker_that_fails_is_logged_as_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken:
@@ -277,10 +280,10 @@ def test_a_tracker_that_fails_costs_a_warning(
         def close(self) -> None: ...
 
     monkeypatch.setattr(log, "propagate", True)
-    tracker = OwnTracker("mine:Broken", Broken())
+    tracker = CustomTracker("mine:Broken", Broken())
     tracker.log({"train/loss": 1.0}, 1)
     tracker.close()
-    assert "tracking.name=mine:Broken failed (ConnectionError: no route); training goes on" in caplog.text
+    assert "tracking.name=mine:Broken failed (ConnectionError: no route); training continues" in caplog.text
 
 
 class Unreachable:
@@ -288,24 +291,15 @@ class Unreachable:
         raise ConnectionError("no route")
 
 
-def test_a_tracker_that_cannot_start_costs_a_warning(
+def test_a_tracker_that_cannot_start_is_logged_as_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log, "propagate", True)
-    build_own_tracker(config_of("tracking.name=test_extending:Unreachable")).log({"train/loss": 1.0}, 1)
-    assert "Unreachable failed (ConnectionError: no route); training goes on without it" in caplog.text
+    build_custom_tracker(config_of("tracking.name=test_extending:Unreachable")).log({"train/loss": 1.0}, 1)
+    assert "Unreachable failed (ConnectionError: no route); training continues without it" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["googlenet", "vit_b_16"])
-def test_networks_of_torchvision_that_want_care(name: str) -> None:
+def test_torchvision_networks_that_need_special_arguments(name: str) -> None:
     model = build_model(config_of("model.name=torchvision", f"model.args.name={name}").model, 3, 32)
     assert model.train()(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
-
-
-def test_the_commands_of_the_way_from_dataparallel_are_ones_that_exist() -> None:
-    """Each key=value of the page is one that a config takes."""
-    page = (CHECKOUT / "docs" / "from-dataparallel.md").read_text()
-    found = re.findall(r"(?<![\w.])((?:train|optim|data|model|eval)\.[\w.]+=[\w.-]+)(?!:)\b", page)
-    values = [each for each in found if each not in ("model.name=mine", "model.init=weights.pt")]
-    assert len(values) > 12
-    config_of(*values)

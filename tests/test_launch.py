@@ -1,4 +1,4 @@
-"""The mission's commands with real processes: torchrun, launch/local.sh, two agents. What kills them is in test_faults.py."""
+"""torchrun and the launch scripts with real processes. Tests that kill processes are in test_faults.py."""
 
 import json
 import os
@@ -11,25 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from documented import commands_of, copy_checkout
+from documented import copy_checkout, named_commands
 from launched import CHECKOUT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_mistakes import TINY
 
 Shell = Callable[..., Any]
 
-README = commands_of(
+README = named_commands(
     "launch/README.md",
-    one="^launch/local.sh",
+    one="^launch/local.sh configs",
     two_ranks="run_dir=runs/two ranks",
     two_nodes="NNODES=2 NPROC_PER_NODE=2",
     evaluate="evaluate",
-    scaling="^launch/scaling.sh",
-    sweep="^launch/sweep.sh",  # in test_sweep.py
-    preflight="^launch/preflight.sh",
-    ssh="^launch/ssh.sh",
-    preflight_by_ssh="preflight launch/ssh.sh",
-    by_hand="HEAD=",
+    scaling="^launch/scaling.sh runs",
+    preflight="^launch/preflight.sh configs",
 )
 
 
@@ -37,13 +33,13 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_torchrun_leaves_a_whole_run_dir(shell: Shell, tmp_path: Path) -> None:
+def test_torchrun_writes_a_complete_run_dir(shell: Shell, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     outcome = shell("torchrun", "--nproc_per_node=2", "-m", "ddp_cifar.train", *TINY, f"run_dir={run_dir}")
     assert outcome.status == 0, outcome.err
-    assert "32 images a step = 2 ranks x 16 images, 2 steps an epoch of 64 images" in outcome.out
-    line = next(line for line in outcome.out.splitlines() if "Iteration: 1" in line)
-    assert all(field in line for field in ("Loss: ", "Training accuracy: ", "Test accuracy: ", "images/s"))
+    assert "32 images per step = 2 ranks x 1 micro-batch of 16 images; 2 steps per epoch of 64 images" in outcome.out
+    line = next(line for line in outcome.out.splitlines() if "Epoch 1: " in line)
+    assert all(field in line for field in ("loss ", "train accuracy ", "test accuracy ", "images/s"))
     assert "[rank 1]" not in outcome.out
 
     assert {path.name for path in run_dir.iterdir()} == {
@@ -55,7 +51,7 @@ def test_torchrun_leaves_a_whole_run_dir(shell: Shell, tmp_path: Path) -> None:
     state = torch.load(run_dir / "checkpoints" / "latest.pt", weights_only=True)
     assert state["progress"]["step"] == 2
     assert not any(name.startswith("module.") for name in state["model"])
-    assert len(list((run_dir / "tensorboard").iterdir())) == 1, "rank 0 alone writes events"
+    assert len(list((run_dir / "tensorboard").iterdir())) == 1, "only rank 0 writes events"
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     for tag in (
         *("train/loss", "train/batch_accuracy", "train/lr", "train/images_per_s", "train/grad_norm", "train/accuracy"),
@@ -73,8 +69,8 @@ def test_torchrun_leaves_a_whole_run_dir(shell: Shell, tmp_path: Path) -> None:
     assert [row["step"] for row in rows(run_dir)] == [1, 2, 2]
 
 
-def test_two_agents_on_loopback_train_as_one_does(shell: Shell, tmp_path: Path) -> None:
-    """2 nodes x 2 ranks against 1 x 1: the same images a micro-batch, so the same losses but for rounding."""
+def test_two_agents_on_loopback_train_like_one_process(shell: Shell, tmp_path: Path) -> None:
+    """2 nodes x 2 ranks and 1 x 1 have the same images per micro-batch, so their losses are equal up to rounding."""
     arguments = (*TINY, "train.micro_batch_size=8", "precision=fp32")
     one = shell("launch/local.sh", *arguments, f"run_dir={tmp_path}/one run")
     assert one.status == 0, one.err
@@ -86,8 +82,8 @@ def test_two_agents_on_loopback_train_as_one_does(shell: Shell, tmp_path: Path) 
     assert first[0]["train/loss"] == pytest.approx(second[0]["train/loss"], abs=1e-6)
 
 
-def test_the_default_without_data_or_network_says_what_to_do(shell: Shell, tmp_path: Path) -> None:
-    """The mission's own command, four ranks, no argument but where it may write."""
+def test_the_default_command_without_data_or_network_says_what_to_do(shell: Shell, tmp_path: Path) -> None:
+    """Four ranks, with no arguments except the folders to write to."""
     outcome = shell(
         *("torchrun", "--nproc_per_node=4", "-m", "ddp_cifar.train"),
         *(f"data.root={tmp_path}/data", f"run_dir={tmp_path}/run"),
@@ -95,21 +91,23 @@ def test_the_default_without_data_or_network_says_what_to_do(shell: Shell, tmp_p
     )
     assert outcome.status == 1
     lines = [line for line in outcome.err.splitlines() if "error: CIFAR-10 is not in" in line]
-    assert 1 <= len(lines) <= 4, "each rank says it, unless it is ended before"
+    assert 1 <= len(lines) <= 4, "each rank says it, unless it is terminated before"
     assert all("data.name=shapes" in line for line in lines)
 
 
 @pytest.mark.parametrize(
     ("script", "setting", "expected"),
     [
-        ("launch/local.sh", {"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE=0 is not a count"),
-        ("launch/local.sh", {"NPROC_PER_NODE": "auto"}, "NPROC_PER_NODE=auto is not a count"),
-        ("launch/local.sh", {"NNODES": "0"}, "NNODES=0 is not a count"),
-        ("launch/local.sh", {"NNODES": "2", "NPROC_PER_NODE": "x"}, "NPROC_PER_NODE=x is not a count"),
-        ("launch/node.sh", {"NNODES": "2"}, "NNODES=2 needs HEAD=HOST:PORT"),
+        ("launch/local.sh", {"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE=0 is invalid"),
+        ("launch/local.sh", {"NPROC_PER_NODE": "auto"}, "NPROC_PER_NODE=auto is invalid"),
+        ("launch/local.sh", {"NNODES": "0"}, "NNODES=0 is invalid"),
+        ("launch/local.sh", {"NNODES": "2", "NPROC_PER_NODE": "x"}, "NPROC_PER_NODE=x is invalid"),
+        ("launch/node.sh", {"NNODES": "2"}, "NNODES=2 requires HEAD=HOST:PORT"),
     ],
 )
-def test_a_wrong_setting_of_a_script(shell: Shell, script: str, setting: dict[str, str], expected: str) -> None:
+def test_an_invalid_setting_of_a_script_is_one_line(
+    shell: Shell, script: str, setting: dict[str, str], expected: str
+) -> None:
     outcome = shell(script, **setting)
     assert outcome.status == 2
     assert len(outcome.err.splitlines()) == 1
@@ -121,14 +119,14 @@ import pathlib, sys, time
 
 (log_dir,) = (argument.split("=")[1] for argument in sys.argv if argument.startswith("--log-dir="))
 pathlib.Path(log_dir, "id", "attempt_0", "0").mkdir(parents=True)
-print("ended", flush=True)
+print("ranks exited", flush=True)
 time.sleep(2)
 """
-"""torchrun in the moment after its ranks have ended, which cannot be met with the real one."""
+"""A torchrun that stays alive after its ranks have exited. With the real one, that moment is too short for a test."""
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
-def test_a_signal_when_the_ranks_have_just_finished_changes_nothing(tmp_path: Path, signum: signal.Signals) -> None:
+def test_a_signal_just_after_the_ranks_have_finished_has_no_effect(tmp_path: Path, signum: signal.Signals) -> None:
     torchrun = tmp_path / "torchrun"
     torchrun.write_text(LINGERING_TORCHRUN.format(python=sys.executable))
     torchrun.chmod(0o755)
@@ -139,14 +137,14 @@ def test_a_signal_when_the_ranks_have_just_finished_changes_nothing(tmp_path: Pa
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout
-    assert process.stdout.readline() == b"ended\n"
+    assert process.stdout.readline() == b"ranks exited\n"
     process.send_signal(signum)
     assert process.wait(20) == 0
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page_on_launch(shell: Shell, tmp_path: Path) -> None:
-    """But for those for several machines, which tests/slurm has."""
+def test_the_commands_of_launch_readme_run(shell: Shell, tmp_path: Path) -> None:
+    """Commands for several machines are tested in tests/slurm."""
     copy = copy_checkout(tmp_path)
     short = " ".join((*TINY, "train.micro_batch_size=8"))
     for name, run_dir in (("one", "demo"), ("two_ranks", "two ranks"), ("two_nodes", "two-nodes")):

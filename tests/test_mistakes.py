@@ -1,4 +1,4 @@
-"""Every mistake that a user can make is one clear line and exit status 2; nothing is lost by it."""
+"""Every user error prints one line and exits with status 2, and no data is lost."""
 
 import fcntl
 import json
@@ -14,8 +14,8 @@ from PIL import Image
 
 from ddp_cifar.config import DataConfig
 from ddp_cifar.data import build_dataset
-from ddp_cifar.distributed import open_world
-from ddp_cifar.models import CNN
+from ddp_cifar.distributed.rendezvous import open_world
+from ddp_cifar.models.cnn import CNN
 
 Train = Callable[..., Any]
 TINY = (
@@ -41,7 +41,7 @@ def one_line(outcome: Any, *expected: str) -> str:
     return str(lines[0])
 
 
-CONFIG_MISTAKES = [
+CONFIG_ERRORS = [
     (["optim.lrr=1"], ["optim.lrr is not a key", "did you mean optim.lr?"]),
     (["lr=1"], ["lr is not a key", "did you mean optim.lr?"]),
     (["epochs=3"], ["did you mean train.epochs?"]),
@@ -61,14 +61,14 @@ CONFIG_MISTAKES = [
     (["optim.lr=inf"], ["optim.lr=inf is out of range"]),
     (["train.epochs=0"], ["train.epochs=0 is out of range", "1 or more"]),
     (["optim.step_clamp.limit=10"], ["optim.step_clamp.limit=10", "1000"]),
-    (["train.micro_batch_size=1024"], ["train.micro_batch_size=1024", "512"]),
+    (["train.micro_batch_size=0"], ["train.micro_batch_size=0", "1 or more, or null"]),
     (["data.val_images=-1"], ["data.val_images=-1"]),
     (["seed=-1"], ["seed=-1"]),
     (["run_dir="], ["run_dir=''"]),
     (["data.name=imagenet"], ["data.name=imagenet", "cifar10, imagefolder, shapes"]),
     (["model.name=vgg"], ["model.name=vgg", "cnn"]),
     (["optim.name=lion"], ["optim.name=lion", "adam, adamw, sgd"]),
-    (["train.global_batch_size=100"], ["train.global_batch_size=100", "train.micro_batch_size=64", "64 or 128"]),
+    (["train.global_batch_size=0"], ["train.global_batch_size=0", "1 or more"]),
     (["nowhere.yaml"], ["nowhere.yaml", "No such file"]),
     (["configs"], ["configs", "Is a directory"]),
     (["configs/demo.yaml", "configs/article.yaml"], ["'configs/article.yaml'", "key=value"]),
@@ -82,10 +82,8 @@ CONFIG_MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"), CONFIG_MISTAKES, ids=[" ".join(case[0]) for case in CONFIG_MISTAKES]
-)
-def test_a_mistake_in_the_config(train: Train, tmp_path: Path, arguments: list[str], expected: list[str]) -> None:
+@pytest.mark.parametrize(("arguments", "expected"), CONFIG_ERRORS, ids=[" ".join(case[0]) for case in CONFIG_ERRORS])
+def test_an_error_in_the_config(train: Train, tmp_path: Path, arguments: list[str], expected: list[str]) -> None:
     if "device=cuda" in arguments and torch.cuda.is_available():
         arguments = ["backend=nccl", "device=cpu"]
         expected = []
@@ -103,13 +101,13 @@ def test_a_mistake_in_the_config(train: Train, tmp_path: Path, arguments: list[s
         ("optim:\n  lr: fast\n", ["optim.lr=fast"]),
         ("optim:\n  lr: -1\n", ["optim.lr=-1"]),
         ("optim: 3\n", ["optim"]),
-        ("seed: 1\nseed: 2\n", ["seed stands twice", "line 1"]),
+        ("seed: 1\nseed: 2\n", ["duplicate key seed", "line 1"]),
         ("seed: [1, 2\n", ["not YAML", "line"]),
-        ("just words\n", ["holds no keys"]),
-        ("- a\n- b\n", ["holds no keys"]),
+        ("just words\n", ["contains no keys"]),
+        ("- a\n- b\n", ["contains no keys"]),
     ],
 )
-def test_a_mistake_in_the_config_file(train: Train, tmp_path: Path, text: str, expected: list[str]) -> None:
+def test_an_error_in_the_config_file(train: Train, tmp_path: Path, text: str, expected: list[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
     line = one_line(train(str(recipe), f"run_dir={tmp_path / 'run'}"), *expected)
@@ -122,14 +120,13 @@ LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({**LAUNCHED, "WORLD_SIZE": "3"}, ["train.global_batch_size=512", "8 micro-batches", "3 ranks", "384 or 576"]),
         ({**LAUNCHED, "WORLD_SIZE": "many"}, ["WORLD_SIZE='many'", "torchrun"]),
         ({**LAUNCHED, "RANK": "4", "WORLD_SIZE": "2"}, ["RANK=4", "WORLD_SIZE=2", "torchrun"]),
         ({"RANK": "0"}, ["MASTER_ADDR", "torchrun"]),
         ({"WORLD_SIZE": "2"}, ["RANK", "torchrun"]),
     ],
 )
-def test_a_mistake_in_the_environment(
+def test_an_error_in_the_environment(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict[str, str], expected: list[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -139,19 +136,10 @@ def test_a_mistake_in_the_environment(
     one_line(outcome, *expected)
 
 
-def test_a_global_batch_that_does_not_split_over_the_ranks_names_both_and_a_way_out() -> None:
-    from ddp_cifar.config import TrainConfig
-    from ddp_cifar.data.sampler import check_batch_size
-    from ddp_cifar.errors import UserError
-
-    with pytest.raises(UserError, match="global_batch_size=500 does not split over 8 ranks; use 496 or 504"):
-        check_batch_size(TrainConfig(global_batch_size=500, micro_batch_size=None), world_size=8)
-
-
 # -- data
 
 
-def test_cifar10_that_is_absent_and_cannot_be_downloaded(
+def test_cifar10_that_is_missing_and_cannot_be_downloaded(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torchvision.datasets.cifar.CIFAR10.url", "http://127.0.0.1:1/cifar-10-python.tar.gz")
@@ -161,7 +149,7 @@ def test_cifar10_that_is_absent_and_cannot_be_downloaded(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small tree of images, as it should be."""
+    """A small valid folder of images."""
     root = tmp_path / "images"
     for split in ("train", "test"):
         for name in ("ant", "bee"):
@@ -183,7 +171,7 @@ def spoil(root: Path, how: str) -> None:
     elif how == "empty class":
         shutil.rmtree(root / "train" / "ant")
         (root / "train" / "ant").mkdir()
-    elif how == "strange class":
+    elif how == "unknown class":
         (root / "test" / "cat").mkdir()
         shutil.copy(victim, root / "test" / "cat")
     elif how == "corrupt":
@@ -207,16 +195,16 @@ def spoil(root: Path, how: str) -> None:
         ("no root", ["images/train", "does not exist"]),
         ("no test", ["images/test", "does not exist", "data.val_images"]),
         ("no classes", ["images/train has no class folders"]),
-        ("empty class", ["train/ant holds no images"]),
-        ("strange class", ["test/cat", "without training images", "ant, bee"]),
+        ("empty class", ["train/ant contains no images"]),
+        ("unknown class", ["test/cat", "without training images", "ant, bee"]),
         ("corrupt", ["bee/05.png cannot be decoded", "data.on_corrupt=skip"]),
         ("not an image", ["bee/05.png cannot be decoded (cannot identify image file)"]),
-        ("one class", ["one class folder, bee", "two classes or more"]),
+        ("one class", ["only one class folder, bee", "two or more classes"]),
         ("damaged cache", ["damaged", "train.images has 5 bytes", "remove that folder"]),
         ("cache in the way", ["cannot write the decoded images", "data.cache"]),
     ],
 )
-def test_a_mistake_in_a_folder_of_images(
+def test_an_error_in_a_folder_of_images(
     train: Train, folder: Path, tmp_path: Path, how: str, expected: list[str]
 ) -> None:
     spoil(folder, how)
@@ -233,11 +221,18 @@ def test_a_mistake_in_a_folder_of_images(
         (["model.init=nowhere.pt"], ["model.init=nowhere.pt does not exist"]),
         (["model.init=docs"], ["model.init=docs has no checkpoints"]),
         (["data.val_images=64"], ["data.val_images=64", "64 training images"]),
-        (["data.shapes.train_images=65", "train.micro_batch_size=16"], ["last step", "1 images", "2 micro-batches"]),
+        (
+            ["data.shapes.train_images=66", "model.name=torchvision", "model.args.name=resnet18"],
+            [
+                "model.name=torchvision cannot train on one image",
+                "Expected more than 1 value",
+                "train.global_batch_size=31",
+            ],
+        ),
         (["data.shapes.train_images=3"], ["data.shapes.train_images=3", "10 or more"]),
     ],
 )
-def test_what_data_or_device_cannot_serve(
+def test_settings_that_do_not_fit_the_data_or_the_device(
     train: Train, tmp_path: Path, arguments: list[str], expected: list[str]
 ) -> None:
     one_line(train(*TINY, f"run_dir={tmp_path / 'run'}", *arguments), *expected)
@@ -254,7 +249,7 @@ def finished(train: Train, tmp_path: Path) -> Path:
     return run_dir
 
 
-def test_a_finished_run_says_so(train: Train, finished: Path) -> None:
+def test_starting_a_finished_run_again_reports_it_finished(train: Train, finished: Path) -> None:
     before = (finished / "metrics.jsonl").read_text()
     outcome = train(*TINY, f"run_dir={finished}")
     assert outcome.status == 0
@@ -264,7 +259,7 @@ def test_a_finished_run_says_so(train: Train, finished: Path) -> None:
     assert (finished / "status").read_text() == "finished\n"
 
 
-def test_more_epochs_go_on_and_other_settings_are_logged(train: Train, finished: Path) -> None:
+def test_a_finished_run_continues_with_more_epochs_and_logs_changed_settings(train: Train, finished: Path) -> None:
     outcome = train(*TINY, f"run_dir={finished}", "train.epochs=2", "eval.batch_size=7")
     assert outcome.status == 0
     assert "eval.batch_size=500, now 7; train.epochs=1, now 2" in outcome.out
@@ -283,14 +278,16 @@ def test_more_epochs_go_on_and_other_settings_are_logged(train: Train, finished:
         "data.val_images=16",
     ],
 )
-def test_another_runs_settings_are_refused_by_name(train: Train, finished: Path, change: str) -> None:
+def test_a_changed_setting_of_the_run_is_rejected_with_an_error_that_names_the_key(
+    train: Train, finished: Path, change: str
+) -> None:
     key, _, value = change.partition("=")
     outcome = train(*TINY, "train.epochs=2", f"run_dir={finished}", change)
     one_line(outcome, "step_00000002.pt", f"{key}=", f"now {value}", "another run_dir")
     assert (finished / "status").read_text() == "finished\n"
 
 
-def test_other_data_than_the_checkpoint_was_made_with_is_refused(train: Train, folder: Path, tmp_path: Path) -> None:
+def test_a_resume_with_different_data_is_rejected(train: Train, folder: Path, tmp_path: Path) -> None:
     arguments = [*TINY[3:], "data.name=imagefolder", f"data.root={folder}", f"run_dir={tmp_path / 'run'}"]
     assert train(*arguments).status == 0
     rows = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -298,27 +295,40 @@ def test_other_data_than_the_checkpoint_was_made_with_is_refused(train: Train, f
     shutil.copy(folder / "train" / "bee" / "00.png", folder / "train" / "bee" / "99.png")
     line = one_line(train(*arguments, "train.epochs=2"), "other data", "32 train", "34 train", "another run_dir")
     assert "2 classes" in line
+    for name in ("ant", "bee"):
+        (folder / "train" / name / "99.png").unlink()
+    Image.new("RGB", (32, 32), "teal").save(folder / "train" / "ant" / "00.png")
+    one_line(train(*arguments, "train.epochs=2"), "other data", "pixels", "another run_dir")
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == rows
 
 
-def test_a_crash_between_the_last_save_and_the_status_is_mended(train: Train, finished: Path) -> None:
+def test_a_task_that_torchrun_did_not_start_does_not_train_alone(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    one_line(train(*TINY, f"run_dir={tmp_path / 'run'}"), "one of 2 tasks (SLURM_NTASKS)", "slurm/train.sh")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_next_start_fixes_the_status_after_a_crash_behind_the_last_save(train: Train, finished: Path) -> None:
     (finished / "status").write_text("running\n")
     assert train(*TINY, f"run_dir={finished}").status == 0
     assert (finished / "status").read_text() == "finished\n"
 
 
-def test_never_refuses_a_run_dir_that_has_a_run(train: Train, finished: Path) -> None:
+def test_resume_never_rejects_a_run_dir_that_has_a_run(train: Train, finished: Path) -> None:
     one_line(train(*TINY, f"run_dir={finished}", "resume=never"), "resume=never", "step_00000002.pt", "run_dir")
 
 
-def test_a_run_can_start_from_anothers_checkpoint(train: Train, finished: Path, tmp_path: Path) -> None:
+def test_a_run_can_start_from_the_checkpoint_of_another_run(train: Train, finished: Path, tmp_path: Path) -> None:
     arguments = (*TINY, f"run_dir={tmp_path / 'second'}", "train.epochs=2")
     outcome = train(*arguments, f"resume={finished / 'checkpoints' / 'latest.pt'}")
     assert outcome.status == 0
-    assert "going on from" in outcome.out
+    assert "resuming from" in outcome.out
     outcome = train(*arguments, f"resume={finished}", "train.epochs=3")
     assert outcome.status == 0
-    assert "goes on from its own newest checkpoint" in outcome.out
+    assert "resumes from its own newest checkpoint" in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -329,11 +339,13 @@ def test_a_run_can_start_from_anothers_checkpoint(train: Train, finished: Path, 
         ("docs", ["resume=docs has no checkpoints"]),
     ],
 )
-def test_resume_from_what_is_no_checkpoint(train: Train, tmp_path: Path, resume: str, expected: list[str]) -> None:
+def test_resume_from_a_path_that_is_not_a_checkpoint(
+    train: Train, tmp_path: Path, resume: str, expected: list[str]
+) -> None:
     one_line(train(*TINY, f"run_dir={tmp_path / 'run'}", f"resume={resume}"), *expected)
 
 
-def test_resume_from_weights_alone_or_from_another_model(train: Train, finished: Path, tmp_path: Path) -> None:
+def test_resume_from_weights_only_or_from_another_model(train: Train, finished: Path, tmp_path: Path) -> None:
     state = torch.load(finished / "checkpoints" / "latest.pt", weights_only=True)
     torch.save(state["model"], tmp_path / "weights.pt")
     arguments = (*TINY, "train.epochs=2", f"run_dir={tmp_path / 'new'}")
@@ -341,7 +353,7 @@ def test_resume_from_weights_alone_or_from_another_model(train: Train, finished:
         train(*arguments, f"resume={tmp_path / 'weights.pt'}"), "weights.pt is not a checkpoint of a run", "optimizer"
     )
 
-    from ddp_cifar.checkpoint import save_checkpoint
+    from ddp_cifar.run.checkpoint_file import save_checkpoint
 
     state.pop("digest")
     state["model"]["fc_layer.6.weight"] = torch.zeros(3, 512)
@@ -355,8 +367,10 @@ def test_resume_from_weights_alone_or_from_another_model(train: Train, finished:
 
 
 @pytest.mark.parametrize("key", ["model.init", "resume"])
-def test_the_articles_pickled_module_is_refused_with_its_conversion(train: Train, tmp_path: Path, key: str) -> None:
-    """The article saves `{"net": net.module, "epoch": epoch}`; what the line says to run makes weights that load."""
+def test_a_pickled_module_is_rejected_and_the_conversion_in_the_error_works(
+    train: Train, tmp_path: Path, key: str
+) -> None:
+    """The original script saves `{"net": net.module, "epoch": epoch}`. The error has a command that converts it."""
     torch.save({"net": CNN(), "epoch": 0}, path := tmp_path / "ckpt.t7")
     line = one_line(train(*TINY, f"run_dir={tmp_path / 'run'}", f"{key}={path}"), "pickle", "convert it")
     command = line[line.index("torch.save(") :].replace("weights.pt", str(tmp_path / "weights.pt"))
@@ -366,15 +380,15 @@ def test_the_articles_pickled_module_is_refused_with_its_conversion(train: Train
     assert "weights from" in outcome.out
 
 
-def test_init_from_what_holds_no_weights(train: Train, tmp_path: Path) -> None:
+def test_init_from_a_file_without_suitable_weights(train: Train, tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"a": 1}, tmp_path / "numbers.pt")
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pt")
-    for name, expected in (("list", "holds no weights"), ("numbers", "holds no weights"), ("other", "does not fit")):
+    for name, expected in (("list", "has no weights"), ("numbers", "has no weights"), ("other", "does not fit")):
         one_line(train(*TINY, f"run_dir={tmp_path / 'run'}", f"model.init={tmp_path / name}.pt"), expected)
 
 
-def test_only_bad_checkpoints_are_refused(train: Train, finished: Path) -> None:
+def test_a_run_dir_with_only_damaged_checkpoints_is_rejected(train: Train, finished: Path) -> None:
     (finished / "checkpoints" / "step_00000002.pt").write_bytes(b"")
     outcome = train(*TINY, f"run_dir={finished}")
     assert outcome.status == 2
@@ -388,7 +402,7 @@ def test_a_run_dir_that_cannot_be_written(train: Train, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", ["logs", "config.yaml", "metrics.jsonl"])
-def test_a_run_dir_with_something_else_in_the_way(train: Train, tmp_path: Path, victim: str) -> None:
+def test_a_run_dir_with_a_file_or_folder_in_the_way(train: Train, tmp_path: Path, victim: str) -> None:
     (tmp_path / "run").mkdir()
     if victim == "logs":
         (tmp_path / "run" / victim).write_text("")
@@ -397,22 +411,22 @@ def test_a_run_dir_with_something_else_in_the_way(train: Train, tmp_path: Path, 
     one_line(train(*TINY, f"run_dir={tmp_path / 'run'}"), "cannot write", "another run_dir")
 
 
-def test_two_runs_in_one_run_dir_are_refused(train: Train, tmp_path: Path) -> None:
-    from ddp_cifar.run_dir import RunDir
+def test_a_second_run_in_the_same_run_dir_is_rejected(train: Train, tmp_path: Path) -> None:
+    from ddp_cifar.run.run_dir import RunDir
 
     holder = RunDir(str(tmp_path / "run"))
     holder.claim()
     one_line(train(*TINY, f"run_dir={tmp_path / 'run'}"), "is in use by pid", "another run_dir")
 
 
-def test_a_run_dir_that_another_node_holds_is_waited_for(
+def test_a_run_waits_for_a_run_dir_that_another_node_has_locked(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file server may still count the lock of a node that is gone."""
-    from ddp_cifar import run_dir
+    """The file server may still keep the lock of a lost node."""
+    from ddp_cifar.run import run_dir
 
-    monkeypatch.setattr(run_dir, "CLAIM_PATIENCE_S", 0.1)
-    monkeypatch.setattr(run_dir, "LOST_NODE_PATIENCE_S", 1.0)
+    monkeypatch.setattr(run_dir, "CLAIM_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(run_dir, "LOST_NODE_TIMEOUT_S", 1.0)
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / "lock", "w+") as lock:
         lock.write("pid 7 on elsewhere\n")
@@ -420,19 +434,19 @@ def test_a_run_dir_that_another_node_holds_is_waited_for(
         fcntl.flock(lock, fcntl.LOCK_EX)
         outcome = train(*TINY, f"run_dir={tmp_path / 'run'}")
         assert outcome.status == 2
-        assert "is in use by pid 7 on elsewhere: waiting 1 s, in case its node is gone" in outcome.out
-        assert "is in use by pid 7 on elsewhere: wait for that run" in outcome.err
+        assert "is in use by pid 7 on elsewhere: waiting 1 s, in case its node is lost" in outcome.out
+        assert "is in use by pid 7 on elsewhere; wait for that run" in outcome.err
         threading.Timer(0.5, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
         assert train(*TINY, f"run_dir={tmp_path / 'run'}").status == 0
 
 
-def test_checkpoints_that_cannot_be_saved_end_in_status_3(
+def test_a_run_that_cannot_save_its_checkpoints_exits_with_status_3(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ddp_cifar.checkpoint.save_checkpoint", full)
+    monkeypatch.setattr("ddp_cifar.run.checkpoint_store.save_checkpoint", full)
     outcome = train(*TINY, f"run_dir={tmp_path / 'run'}")
     assert outcome.status == 3
     assert "was not saved (No space left on device)" in outcome.err
@@ -442,15 +456,15 @@ def test_checkpoints_that_cannot_be_saved_end_in_status_3(
 # -- under the launchers
 
 
-def test_under_torchrun_the_line_is_there(shell: Callable[..., Any], tmp_path: Path) -> None:
+def test_under_torchrun_the_error_is_in_the_output(shell: Callable[..., Any], tmp_path: Path) -> None:
     outcome = shell("torchrun", "--nproc_per_node=2", "-m", "ddp_cifar.train", "optim.lrr=1", f"run_dir={tmp_path}/run")
     assert outcome.status == 1
     assert "error: optim.lrr is not a key of the config; did you mean optim.lr?" in outcome.err
-    assert 'File "' not in outcome.err.split("FAILED")[-1], "torchrun's report has a traceback of ours"
+    assert 'File "' not in outcome.err.split("FAILED")[-1], "torchrun's report contains a traceback of ddp_cifar"
 
 
 @pytest.mark.parametrize("nodes", ["1", "2"])
-def test_under_local_sh_the_line_is_last(shell: Callable[..., Any], tmp_path: Path, nodes: str) -> None:
+def test_under_local_sh_the_error_is_the_last_line(shell: Callable[..., Any], tmp_path: Path, nodes: str) -> None:
     outcome = shell("launch/local.sh", "optim.lrr=1", f"run_dir={tmp_path}/run", NNODES=nodes, NPROC_PER_NODE="1")
     assert outcome.status == 2
     last = outcome.err.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Sweeps: a file of lists becomes runs, of which finished ones are skipped and the others go on."""
+"""Sweeps: a file of lists expands to runs. Finished runs are skipped, and the others resume."""
 
 import json
 import shlex
@@ -24,7 +24,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_each_combination_is_a_run_with_values_as_they_were_typed(tmp_path: Path) -> None:
+def test_each_combination_is_a_run_with_the_values_as_typed(tmp_path: Path) -> None:
     runs = expand(write(tmp_path, GRID), ["train.epochs=2"])
     assert [run.name for run in runs] == ["lr=5e-4,seed=0", "lr=5e-4,seed=1", "lr=1e-3,seed=0", "lr=1e-3,seed=1"]
     assert runs[1].arguments == [
@@ -36,7 +36,7 @@ def test_each_combination_is_a_run_with_values_as_they_were_typed(tmp_path: Path
     assert moved[0].arguments[-1] == "run_dir=over there/lr=5e-4,seed=0"
 
 
-def test_sections_may_be_nested_and_names_stay_apart(tmp_path: Path) -> None:
+def test_sections_may_be_nested_and_run_names_stay_distinct(tmp_path: Path) -> None:
     text = "grid:\n  model: {name: [cnn, resnet9], init: [random]}\n  optim: {name: [sgd]}\n"
     assert [run.name for run in expand(write(tmp_path, text), [])] == [
         "model.name=cnn,init=random,optim.name=sgd",
@@ -52,25 +52,25 @@ def test_sections_may_be_nested_and_names_stay_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "overrides", "expected"),
     [
-        ("optim: {lr: [1]}\n", [], "is no sweep (optim): expected `grid`"),
-        ("", [], "is no sweep (its content)"),
-        ("config: configs/demo.yaml\n", [], "is no sweep (no grid)"),
-        ("grid: {seed: 1}\n", [], "grid: seed in {path} is no list of values: expected seed: [value, ...]"),
-        ("grid: {seed: []}\n", [], "grid: seed in {path} is no list of values"),
-        ("grid: {seed: [[1, 2]]}\n", [], "grid: seed in {path} is no list of values"),
-        ("grid: {seed: [1, 1]}\n", [], "has seed=1 twice"),
-        ("grid: {optim.lr: [1], optim: {lr: [2]}}\n", [], "grid: optim.lr stands twice in {path}"),
+        ("optim: {lr: [1]}\n", [], "is not a sweep file (optim): expected `grid`"),
+        ("", [], "is not a sweep file (no keys)"),
+        ("config: configs/demo.yaml\n", [], "is not a sweep file (no grid)"),
+        ("grid: {seed: 1}\n", [], "grid: seed in {path} is not a list of values: expected seed: [value, ...]"),
+        ("grid: {seed: []}\n", [], "grid: seed in {path} is not a list of values"),
+        ("grid: {seed: [[1, 2]]}\n", [], "grid: seed in {path} is not a list of values"),
+        ("grid: {seed: [1, 1]}\n", [], "lists seed=1 twice"),
+        ("grid: {optim.lr: [1], optim: {lr: [2]}}\n", [], "grid: duplicate key optim.lr in {path}"),
         ("grid: {on: [1]}\n", [], "on is not a key of the config"),
-        ("grid: {run_dir: [a, b]}\n", [], "grid: run_dir in {path}: a sweep's runs have their own"),
+        ("grid: {run_dir: [a, b]}\n", [], "grid: run_dir in {path}: each run gets its own run_dir"),
         ("grid: {optim.lrr: [1]}\n", [], "optim.lrr is not a key of the config; did you mean optim.lr?"),
         ("grid: {optim.lr: [1e-3, -1]}\n", [], "optim.lr=-1.0 is out of range"),
-        ("config: [a, b]\ngrid: {seed: [1]}\n", [], "config in {path} is no name of a file"),
+        ("config: [a, b]\ngrid: {seed: [1]}\n", [], "config in {path} is not a file name"),
         ("config: gone.yaml\ngrid: {seed: [1]}\n", [], "cannot read the config file gone.yaml"),
-        ("grid: {seed: [1]}\n", ["seed=2"], "seed=2: {path} has values of seed in its grid"),
+        ("grid: {seed: [1]}\n", ["seed=2"], "seed=2: the grid of {path} already sets seed"),
         ("grid: {seed: [1]}\n", ["configs/demo.yaml"], "cannot read the argument 'configs/demo.yaml'"),
     ],
 )
-def test_a_mistake_in_a_sweep(text: str, overrides: list[str], expected: str, tmp_path: Path) -> None:
+def test_a_user_error_in_a_sweep_is_one_line(text: str, overrides: list[str], expected: str, tmp_path: Path) -> None:
     path = write(tmp_path, text)
     with pytest.raises(UserError) as refused:
         expand(path, overrides)
@@ -78,7 +78,7 @@ def test_a_mistake_in_a_sweep(text: str, overrides: list[str], expected: str, tm
     assert "\n" not in str(refused.value)
 
 
-def test_a_run_is_finished_if_nothing_is_left_to_do_of_what_is_asked_now(tmp_path: Path) -> None:
+def test_a_run_is_finished_if_the_current_arguments_leave_nothing_to_do(tmp_path: Path) -> None:
     path, there = write(tmp_path, "grid: {seed: [0, 1, 2]}\n"), f"run_dir={tmp_path}"
     for seed, status in ((0, "finished"), (1, "stopped: SIGTERM (rank 0)")):
         (tmp_path / f"seed={seed}").mkdir()
@@ -88,17 +88,17 @@ def test_a_run_is_finished_if_nothing_is_left_to_do_of_what_is_asked_now(tmp_pat
     assert [run.state for run in expand(path, [there, "train.epochs=4"])] == ["stopped", "stopped", "new"]
     assert [run.state for run in expand(path, [there, "train.epochs=2"])] == ["finished", "stopped", "new"]
     another = [there, "train.epochs=3", "model.name=resnet9"]
-    assert expand(path, another)[0].state == "stopped", "train will refuse it, by name"
+    assert expand(path, another)[0].state == "stopped", "train rejects it with an error that names the key"
     elsewhere = [there, "train.epochs=3", "device=cpu", "checkpoint.keep=9"]
     assert expand(path, elsewhere)[0].state == "finished"
 
 
 @pytest.mark.slow
-def test_a_sweep_of_four_on_two_ranks_interrupted_and_continued(tmp_path: Path, shell: Callable[..., Any]) -> None:
-    """By Ctrl-C in its second run, which goes on from its checkpoint; the first is not started again."""
+def test_a_sweep_of_four_runs_is_interrupted_and_resumed(tmp_path: Path, shell: Callable[..., Any]) -> None:
+    """Ctrl-C in the second run: that run resumes from its checkpoint, and the first is not started again."""
     folder = tmp_path / "a sweep"
     arguments = [*ARGUMENTS, "train.epochs=3", f"run_dir={folder}"]
-    line = [*command_of("launch/README.md", "^launch/sweep.sh").split(), *arguments]
+    line = [*command_of("launch/README.md", "^launch/sweep.sh configs").split(), *arguments]
     sweep = CHECKOUT / "configs" / "sweeps" / "lr.yaml"
     ranks = {"NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
     interrupted = subprocess.Popen(
@@ -117,7 +117,7 @@ def test_a_sweep_of_four_on_two_ranks_interrupted_and_continued(tmp_path: Path, 
     interrupted.send_signal(signal.SIGINT)
     said, _ = interrupted.communicate(timeout=60)
     assert interrupted.returncode == 0, said
-    assert said.splitlines()[-1] == "== sweep: stopped in run 2 of 4; the same command goes on", said
+    assert said.splitlines()[-1] == "== sweep: stopped in run 2 of 4; run the same command to resume", said
     assert [run.state for run in expand(sweep, arguments)] == ["finished", "stopped", "new", "new"]
 
     done = shell("bash", "-c", shlex.join(line), timeout=200, **ranks)
@@ -136,15 +136,15 @@ def test_a_sweep_of_four_on_two_ranks_interrupted_and_continued(tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_leaves_the_others_theirs(tmp_path: Path, shell: Callable[..., Any]) -> None:
-    sweep = write(tmp_path, "grid: {train.global_batch_size: [32, 24]}\n")
+def test_a_failed_run_does_not_end_the_sweep(tmp_path: Path, shell: Callable[..., Any]) -> None:
+    sweep = write(tmp_path, "grid: {train.global_batch_size: [32, 1]}\n")
     arguments = [*ARGUMENTS, "train.epochs=1", "train.micro_batch_size=8", f"run_dir={tmp_path / 'runs'}"]
     arguments.remove("train.global_batch_size=32")
     line = shlex.join(["launch/sweep.sh", str(sweep), *arguments])
     done = shell("bash", "-c", line, NPROC_PER_NODE="2", OMP_NUM_THREADS="1")
     assert done.status == 2
-    assert "train.global_batch_size=24 makes 3 micro-batches of 8 images, which do not split over 2 ranks" in done.err
+    assert "train.global_batch_size=1 is less than the number of ranks (2)" in done.err
     assert done.out.count("finished: epoch 1") == 1
     assert "global_batch_size=32  finished" in done.out.splitlines()[-1]
-    last = f"== sweep: failed, with the status behind it: {tmp_path / 'runs'}/global_batch_size=24 (2)"
+    last = f"== sweep: failed: {tmp_path / 'runs'}/global_batch_size=1 (exit status 2)"
     assert done.err.splitlines()[-1] == last

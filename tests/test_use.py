@@ -1,4 +1,4 @@
-"""A trained network put to use: evaluate, predict and compare agree with the Trainer and with each other."""
+"""Using a trained network: evaluate, predict and compare agree with the Trainer and with each other."""
 
 import csv
 import json
@@ -14,10 +14,11 @@ import torch
 from helpers import config_of
 from PIL import Image
 
-from ddp_cifar.checkpoint import load_checkpoint, save_checkpoint
+from ddp_cifar import inference
 from ddp_cifar.data import DataSet, build_dataset
-from ddp_cifar.distributed import World
-from ddp_cifar.inference import Quality
+from ddp_cifar.distributed.world import World
+from ddp_cifar.run.checkpoint_file import load_checkpoint, save_checkpoint
+from ddp_cifar.tracking.quality import Quality
 
 Shell = Callable[..., Any]
 PYTHON = ("python", "-m")
@@ -58,7 +59,7 @@ def evaluation(shell: Shell, launcher: tuple[str, ...], run_dir: Path, out: Path
 
 
 @pytest.mark.parametrize("launcher", [PYTHON, TWO_RANKS])
-def test_evaluate_finds_what_the_trainer_found(
+def test_evaluate_agrees_with_the_trainer(
     shell: Shell, trained: Path, tmp_path: Path, launcher: tuple[str, ...]
 ) -> None:
     png = tmp_path / "confusion"
@@ -77,16 +78,16 @@ def test_evaluate_finds_what_the_trainer_found(
     assert held_out["images"] == 40
 
 
-def test_mirrored_averages_are_the_same_for_an_image_and_its_mirror() -> None:
-    from ddp_cifar.inference import mirrored_mean
+def test_flip_tta_gives_an_image_and_its_mirror_image_the_same_logits() -> None:
+    from ddp_cifar.training.evaluation import flip_tta
 
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 5)).eval()
     images = torch.randn(4, 3, 8, 8)
-    assert torch.allclose(mirrored_mean(model, images), mirrored_mean(model, images.flip(3)), atol=1e-6)
-    assert torch.allclose(mirrored_mean(model, images), (model(images) + model(images.flip(3))) / 2)
+    assert torch.allclose(flip_tta(model, images), flip_tta(model, images.flip(3)), atol=1e-6)
+    assert torch.allclose(flip_tta(model, images), (model(images) + model(images.flip(3))) / 2)
 
 
-def test_quality_by_hand() -> None:
+def test_quality_matches_a_calculation_by_hand() -> None:
     logits = torch.tensor([[4.0, 0, 0], [0, 4.0, 0], [4.0, 0, 0], [0, 4.0, 0]])
     quality = Quality.of(logits, torch.tensor([0, 0, 0, 1]))
     assert quality.confusion.tolist() == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
@@ -105,7 +106,7 @@ def test_quality_by_hand() -> None:
 
 @pytest.fixture
 def files(alone: World, tmp_path: Path) -> tuple[Path, DataSet]:
-    """The test images as files, some in a folder inside, and what they were."""
+    """The test images as files, some in a subfolder, and the data set."""
     dataset = build_dataset(config_of(*RECIPE).data, alone)
     assert dataset.test
     folder = tmp_path / "images"
@@ -137,7 +138,9 @@ def test_predict_agrees_with_evaluate_to_the_last_image(
     assert confusion == evaluation(shell, PYTHON, trained, tmp_path / "e.json")["confusion"]
 
 
-def test_predict_takes_any_size_and_mode_and_reports_a_broken_file(shell: Shell, trained: Path, tmp_path: Path) -> None:
+def test_predict_accepts_any_size_and_mode_and_reports_a_broken_file(
+    shell: Shell, trained: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
     for name, mode, size in (
@@ -156,7 +159,7 @@ def test_predict_takes_any_size_and_mode_and_reports_a_broken_file(shell: Shell,
     assert all(row["class"] and not row["error"] for row in rows[:4])
     assert rows[4]["class"] == ""
     assert "cannot identify image file" in rows[4]["error"]
-    assert "e.jpg is left out: cannot identify image file" in done.err
+    assert "e.jpg is skipped: cannot identify image file" in done.err
 
 
 @pytest.mark.parametrize(
@@ -166,10 +169,13 @@ def test_predict_takes_any_size_and_mode_and_reports_a_broken_file(shell: Shell,
         (("evaluate", "{run}", "--split", "tset"), "invalid choice: 'tset'"),
         (("evaluate", "{run}", "eval.batchsize=3"), "did you mean eval.batch_size?"),
         (("evaluate", "{run}", "data.shapes.train_images=5"), "data.shapes.train_images=5 is out of range"),
-        (("evaluate", "{run}", "data.val_images=0", "--split", "val"), "--split val, but there are no such images"),
+        (
+            ("evaluate", "{run}", "data.val_images=0", "--split", "val"),
+            "--split val: data.name=shapes has no val images",
+        ),
         (
             ("evaluate", "{run}", "data.val_images=50", "--split", "val"),
-            "--split val would be other images than those held out in training, which had 560 train, 40 val, 150 test",
+            "--split val would not be the images held out in training: the checkpoint was trained on 560 train, 40 val",
         ),
         (("evaluate", "{run}", "model.name=resnet9"), "does not fit the model: it has no stem.0.weight"),
         (
@@ -177,13 +183,13 @@ def test_predict_takes_any_size_and_mode_and_reports_a_broken_file(shell: Shell,
             "where.json (No such file or directory): choose another file",
         ),
         (("evaluate",), "the following arguments are required: CHECKPOINT"),
-        (("predict", "{run}", "{run}/nothing"), "nothing: expected an image or a folder of images"),
-        (("predict", "{run}", "{run}/logs"), "has no images: expected files .bmp"),
-        (("predict", "{run}", "{run}/status"), "none of the 1 files is an image that can be read"),
-        (("compare", "{run}", "{run}/logs"), "is not the run_dir of a run (No such file or directory"),
+        (("predict", "{run}", "{run}/nothing"), "nothing does not exist: expected an image or a folder of images"),
+        (("predict", "{run}", "{run}/logs"), "has no images: expected files of the types .bmp"),
+        (("predict", "{run}", "{run}/status"), "none of the 1 files can be decoded as an image"),
+        (("compare", "{run}", "{run}/logs"), "is not a run_dir (No such file or directory"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_user_errors_are_one_line(
     command: Callable[..., Any], trained: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     module, *rest = arguments
@@ -194,7 +200,7 @@ def test_mistakes_are_one_line(
 
 @pytest.fixture
 def command() -> Callable[..., str]:
-    """Runs a command in this process and returns the line that it ends with."""
+    """Runs a command in this process and returns its error message."""
     import importlib
 
     from ddp_cifar.errors import UserError
@@ -218,7 +224,9 @@ def a_run(folder: Path, seed: int, accuracies: list[float], fingerprints: list[s
     return folder
 
 
-def test_compare_says_where_runs_part_and_how_seeds_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_reports_where_runs_diverge_and_the_spread_over_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from ddp_cifar.compare import main
 
     a = a_run(tmp_path / "a", 0, [0.5, 0.7, 0.6], ["01", "02", "03"])
@@ -228,8 +236,8 @@ def test_compare_says_where_runs_part_and_how_seeds_spread(tmp_path: Path, capsy
     plot, table = tmp_path / "plot.png", tmp_path / "table.json"
     assert main([str(a), str(b), str(c), str(d), "--png", str(plot), "--json", str(table)]) == 0
     out = capsys.readouterr().out
-    assert f"{a} and {b}: weights part after step 10, by step 15" in out
-    assert out.count("weights") == 1, "other pairs have other configs"
+    assert f"{a} and {b}: weights diverge after step 10, by step 15" in out
+    assert out.count("weights") == 1, "other pairs have different configs"
     assert "over 2 seeds (0, 1): accuracy 70.00%, standard deviation 14.14%" in out
     assert re.search(rf"{a} +finished +0 +\d+ +3 +30 +60\.00% +70\.00% +-", out)
     assert [row["accuracy"] for row in json.loads(table.read_text())] == [0.6, 0.6, 0.8, 0.9]
@@ -237,10 +245,10 @@ def test_compare_says_where_runs_part_and_how_seeds_spread(tmp_path: Path, capsy
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_machine_is_used_on_this_one(
+def test_a_checkpoint_of_another_machine_works_on_this_one(
     shell: Shell, trained: Path, files: tuple[Path, DataSet], tmp_path: Path
 ) -> None:
-    """Trained over nccl in tf32, with a tracker and an optimizer that are not here."""
+    """Trained over nccl in tf32, with a tracker and an optimizer that are not installed here."""
     state = load_checkpoint(trained / "checkpoints" / "latest.pt")
     state["config"] |= {"backend": "nccl", "device": "cuda", "precision": "tf32", "tracking": {"name": "gone:T"}}
     state["config"]["optim"]["name"] = "gone:O"
@@ -255,10 +263,10 @@ def test_a_checkpoint_of_another_machine_is_used_on_this_one(
     assert done.status == 0, done.err
 
 
-def test_predict_takes_what_a_folder_really_has(
+def test_predict_handles_odd_names_and_closed_pipes(
     shell: Shell, trained: Path, files: tuple[Path, DataSet], tmp_path: Path
 ) -> None:
-    """A folder named as an image, a name that is no UTF-8, and a reader that has seen enough."""
+    """A folder named like an image, a name that is not UTF-8, and a reader that closes the pipe."""
     folder, _ = files
     (folder / "inside.jpg").mkdir()
     os.rename(folder / "000.png", os.path.join(os.fsencode(folder), b"caf\xe9.png"))
@@ -271,18 +279,18 @@ def test_predict_takes_what_a_folder_really_has(
     assert "Traceback" not in done.err
 
 
-def test_an_older_checkpoint_without_names_is_refused_by_predict(trained: Path, tmp_path: Path, command: Any) -> None:
+def test_predict_rejects_an_older_checkpoint_without_class_names(trained: Path, tmp_path: Path, command: Any) -> None:
     state = load_checkpoint(trained / "checkpoints" / "latest.pt")
     del state["classes"]
     save_checkpoint(tmp_path / "old.pt", state)
-    assert "has no names of classes" in command("predict", str(tmp_path / "old.pt"), str(tmp_path / "old.pt"))
+    assert "has no class names" in command("predict", str(tmp_path / "old.pt"), str(tmp_path / "old.pt"))
 
 
 @pytest.mark.parametrize("form", ["pt2", "onnx"])
-def test_an_exported_file_gives_the_checkpoints_logits(
+def test_an_exported_file_gives_the_logits_of_the_checkpoint(
     shell: Shell, trained: Path, files: tuple[Path, DataSet], tmp_path: Path, form: str
 ) -> None:
-    """Read back by itself here, with another number of images than it was made with."""
+    """The file is loaded on its own, with a different batch size than at export."""
     output = tmp_path / f"model.{form}"
     done = shell(*PYTHON, "ddp_cifar.export", str(trained), "--format", form, "--output", str(output), timeout=200)
     assert done.status == 0, done.err
@@ -310,7 +318,7 @@ def test_an_exported_file_gives_the_checkpoints_logits(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [("resnet18",), ("resnet9",), ("torchvision", "model.args.name=mobilenet_v3_small")])
-def test_other_models_export_too(shell: Shell, tmp_path: Path, model: tuple[str, ...]) -> None:
+def test_other_models_can_be_exported(shell: Shell, tmp_path: Path, model: tuple[str, ...]) -> None:
     arguments = (f"model.name={model[0]}", *model[1:], "train.max_steps=1", f"run_dir={tmp_path / 'run'}")
     assert shell(*PYTHON, "ddp_cifar.train", *RECIPE, *arguments, timeout=200).status == 0
     for form in ("pt2", "onnx"):
@@ -321,18 +329,15 @@ def test_other_models_export_too(shell: Shell, tmp_path: Path, model: tuple[str,
         assert done.status == 0, done.err
 
 
-def test_a_file_that_differs_is_not_written(
+def test_an_export_that_differs_from_the_checkpoint_is_not_written(
     trained: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ddp_cifar import export
-
-    scale, shift = export.channel_scale_and_shift()
-    monkeypatch.setattr(export, "channel_scale_and_shift", lambda: (1.1 * scale, shift))
+    scale, shift = inference.channel_scale_and_shift()
+    monkeypatch.setattr(inference, "channel_scale_and_shift", lambda: (1.1 * scale, shift))
     error = command("export", str(trained), "--format", "pt2", "--output", str(tmp_path / "m.pt2"))
     assert re.search(
-        r"m.pt2 is not written: largest difference of a logit on 150 images: \S+, expected 0.0001 at most", error
+        r"m.pt2 was not written: largest difference of a logit on 150 images: \S+, expected at most 0.0001", error
     )
     assert not list(tmp_path.iterdir())
-    torch.distributed.destroy_process_group()
     missing = str(tmp_path / "no" / "m.pt2")
     assert "cannot write" in command("export", str(trained), "--format", "pt2", "--output", missing)

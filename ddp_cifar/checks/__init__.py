@@ -1,5 +1,5 @@
-"""What the preflight looks at: each rank's own machine, what ranks have in common, the network between them.
+"""The checks of the preflight: each rank's machine, everything that ranks share, and the network between them.
 
-A check is a function of `Here` that returns what it measured, and raises `Problem` for what is wrong or `LeftOut` where it has
-nothing to look at.
+A check is a function of a `RankContext`. It returns its measurement as text, raises `Problem` if something is wrong, or raises
+`Skipped` if it does not apply.
 """

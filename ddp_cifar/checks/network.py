@@ -1,4 +1,4 @@
-"""The network between ranks: a group, collectives, clocks, and the link between each two nodes."""
+"""Checks of the network between ranks: a process group, collectives, clocks, and the link between each pair of nodes."""
 
 import contextlib
 import statistics
@@ -11,63 +11,64 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddp_cifar.checks.here import FAIL, LEFT_OUT, Here, LeftOut, Outcome, Problem
+from ddp_cifar.checks.rank_context import FAIL, SKIPPED, Outcome, Problem, RankContext, Skipped, first_of_node
 from ddp_cifar.command import megabytes
-from ddp_cifar.distributed import World, open_world
+from ddp_cifar.distributed.rendezvous import open_world
+from ddp_cifar.distributed.world import World
 
 CLOCK_SKEW_S = 2.0
 UNREACHED = (
-    "the ranks do not reach each other's addresses: a firewall, a wrong interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), or "
-    "a link that drops"
+    "the ranks cannot reach each other's addresses; check for a firewall, a wrong interface (GLOO_SOCKET_IFNAME, "
+    "NCCL_SOCKET_IFNAME), or a link that drops packets"
 )
-AT_FAULT = "the network or a GPU is at fault; on GPUs NCCL_DEBUG=INFO tells more"
-TELL = "the network between these nodes is at fault: tell the site which"
+AT_FAULT = "the network or a GPU is faulty; on GPUs, set NCCL_DEBUG=INFO for details"
+TELL = "the network between these nodes is faulty; report the nodes to your site"
 SIZES = (1024, 64 * 1024, 2**20, 16 * 2**20)
-"""Bytes of the all-reduces that are timed ..."""
+"""Bytes of the timed all-reduces."""
 CUDA_SIZES = (*SIZES, 256 * 2**20)
-"""... and over NCCL, which fast links need to be full."""
+"""Bytes of the timed all-reduces on GPUs. Fast links need large messages for full speed."""
 USUAL_NCCL_MB_PER_S = 1000.0
-"""A link of NCCL between nodes that is slower, as 10 Gbit/s Ethernet is not, is not what such nodes are bought for."""
+"""The lowest expected speed of an NCCL link between nodes. 10 Gbit/s Ethernet reaches it."""
 SECONDS = 1.0
-"""For each of them, about; and two times at least, of which the first is not counted."""
+"""The approximate time for the all-reduces of each size. There are at least two, and the first one is not counted."""
 
 
 class Link(NamedTuple):
-    """Between two ranks, each the first of its node where there are several."""
+    """The link between two ranks: the first ranks of two nodes, or two ranks of a single node."""
 
     one: int
     other: int
     latency_s: float
-    """Half of the quickest there and back of 8 bytes."""
+    """Half of the shortest round trip of 8 bytes."""
     bytes_per_s: float
-    """Of the quickest of some messages of 1 MiB."""
+    """The speed of the fastest of several messages of 1 MiB."""
 
 
-def share(here: Here) -> None:
-    """The checks of the network; none where a rank has not arrived."""
+def share(here: RankContext) -> None:
+    """Check the network. All checks are skipped if a rank has not arrived."""
     checks = {"collectives": check_collectives, "clock": check_clock, "links": check_links}
     if len(here.everyone) < here.world_size:
-        here.outcomes += [Outcome(name, LEFT_OUT) for name in ("group", *checks)]
+        here.outcomes += [Outcome(name, SKIPPED) for name in ("group", *checks)]
         return
     with contextlib.ExitStack() as stack:
         here.check("group", lambda here: open_group(here, stack), UNREACHED)
         for name, check in checks.items():
             if any(outcome.verdict == FAIL and outcome.check in ("group", *checks) for outcome in here.outcomes):
-                here.outcomes.append(Outcome(name, LEFT_OUT))  # the network is broken: others would wait, and time out
+                here.outcomes.append(Outcome(name, SKIPPED))  # the network is broken: further checks would time out
             else:
                 here.check(name, check, AT_FAULT)
-        stack.pop_all()  # to leave in good order would wait for ranks that are gone
+        stack.pop_all()  # a clean shutdown would wait for ranks that have exited
 
 
-def open_group(here: Here, stack: contextlib.ExitStack) -> str:
-    """All ranks connect."""
+def open_group(here: RankContext, stack: contextlib.ExitStack) -> str:
+    """Check that all ranks connect."""
     timeout = timedelta(seconds=here.options.patience)
     here.world = stack.enter_context(open_world(here.config.device, here.config.backend, here.store, timeout))
     return f"{here.world.backend} on {here.world.device.type}"
 
 
-def check_collectives(here: Here) -> str:
-    """All-reduce, broadcast and all-gather give what they must, and how fast."""
+def check_collectives(here: RankContext) -> str:
+    """Check that all-reduce, broadcast and all-gather give correct results, and time the all-reduce."""
     world = here.world
     assert world is not None
     n, device = world.world_size, world.device
@@ -80,11 +81,11 @@ def check_collectives(here: Here) -> str:
     last = (numbers * 3 if world.rank == n - 1 else torch.zeros_like(numbers)).contiguous()
     dist.broadcast(last, src=n - 1)
     if not torch.equal(last, numbers * 3):
-        raise Problem("a broadcast gives wrong numbers", AT_FAULT)
+        raise Problem("a broadcast gives wrong values", AT_FAULT)
     gathered = [torch.empty_like(numbers) for _ in range(n)]
     dist.all_gather(gathered, numbers * world.rank)
     if not all(torch.equal(found, numbers * rank) for rank, found in enumerate(gathered)):
-        raise Problem("an all-gather gives wrong numbers", AT_FAULT)
+        raise Problem("an all-gather gives wrong values", AT_FAULT)
     sizes = CUDA_SIZES if device.type == "cuda" else SIZES
     here.measured["all_reduce"] = rows = [time_all_reduce(world, size) for size in sizes]
     speed, size = megabytes(rows[-1]["bus_bytes_per_s"]), sizes[-1] // 2**20
@@ -92,11 +93,13 @@ def check_collectives(here: Here) -> str:
 
 
 def time_all_reduce(world: World, num_bytes: int) -> dict[str, float]:
-    """Seconds of an all-reduce of fp32 numbers, and the bus bandwidth by the median: 2 (n - 1) / n bytes a byte of them, as
-    nccl-tests has it."""
+    """Time an all-reduce of fp32 numbers. Return seconds, and the bus bandwidth at the median time.
+
+    As in nccl-tests, the bus carries 2 (n - 1) / n bytes per byte of the message.
+    """
     numbers = torch.ones(num_bytes // 4, device=world.device)
     times: list[float] = []
-    while world.all(len(times) < 8 and (len(times) < 2 or sum(times) < SECONDS)):  # and all begin together
+    while world.all(len(times) < 8 and (len(times) < 2 or sum(times) < SECONDS)):  # also makes all ranks start together
         began = time.perf_counter()
         world.sum(numbers)
         _synchronize(numbers)
@@ -117,30 +120,31 @@ def _synchronize(tensor: Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-def check_clock(here: Here) -> str:
-    """Clocks agree: by them stops are timed, and files compared."""
+def check_clock(here: RankContext) -> str:
+    """Check that clocks agree. Time limits and file times depend on them."""
     assert here.world is not None
     here.world.all(True)
     times = [micros / 1e6 for (micros,) in here.world.gather([int(time.time() * 1e6)])]
-    skew = times[here.rank] - statistics.median_low(times)
-    # of two nodes nobody knows whose is wrong; of more, it is those that are far from the middle
+    # each clock counts once, for any number of ranks on its node
+    skew = times[here.rank] - statistics.median_low(times[rank] for rank in set(map(first_of_node, here.everyone)))
+    # with two nodes, either clock may be wrong; with more, the clocks far from the median are wrong
     if max(times) - min(times) > CLOCK_SKEW_S and (here.num_nodes == 2 or abs(skew) > CLOCK_SKEW_S / 2):
         raise Problem(
             f"the clock of {here.host} is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}; clocks differ by up to "
             f"{max(times) - min(times):.1f} s",
-            "have the site set it (NTP)",
+            "ask your site to synchronize it (NTP)",
         )
     return f"{skew * 1e3:+.0f} ms"
 
 
-def check_links(here: Here) -> str:
-    """Each two nodes, or each two ranks of a single one, send to each other: how quickly, and how much."""
+def check_links(here: RankContext) -> str:
+    """Measure latency and speed between each pair of nodes, or between each pair of ranks on a single node."""
     world = here.world
     assert world is not None
     heads = [facts["rank"] for facts in here.everyone if facts["local_rank"] == 0]
     members = heads if len(heads) > 1 else list(range(world.world_size))
     if len(members) < 2 or world.device.type == "mps":
-        raise LeftOut
+        raise Skipped
     own = [time_link(world, one, other) for one, other in rounds(members) if world.rank in (one, other)]
     both_ways: dict[tuple[int, int], list[Link]] = {}
     for found in world.gather_objects(own):
@@ -152,7 +156,7 @@ def check_links(here: Here) -> str:
     ]
     here.measured["links"] = [link._asdict() for link in links]
     if here.rank not in members:
-        raise LeftOut
+        raise Skipped
     hosts = {facts["rank"]: facts["host"] for facts in here.everyone}
 
     def name(link: Link) -> str:
@@ -167,14 +171,14 @@ def check_links(here: Here) -> str:
 
     mine = links_of(here.rank)
     if slow := [link for link in mine if is_slow(link)]:
-        # of three and more, one whose links are all slow explains those of the others
+        # with three or more members, a member whose links are all slow explains the slow links of the others
         culprits = {rank for rank in members if len(members) > 2 and all(map(is_slow, links_of(rank)))}
         shown = "; ".join(
             f"{name(link)}: {link.latency_s * 1e3:.2f} ms, {megabytes(link.bytes_per_s)}/s" for link in slow
         )
         raise Problem(
             f"slow links: {shown}" + (f" (all of {hosts[here.rank]}'s)" if here.rank in culprits else ""),
-            f"expected {here.options.max_latency_ms:g} ms at most and {here.options.min_mb_per_s:g} MB/s at least; {TELL}, or "
+            f"expected at most {here.options.max_latency_ms:g} ms and at least {here.options.min_mb_per_s:g} MB/s; {TELL}, or "
             f"choose another interface",
             is_warning=here.rank not in culprits and all({link.one, link.other} & culprits for link in slow),
         )
@@ -186,7 +190,7 @@ def check_links(here: Here) -> str:
         slowest = min(mine, key=lambda link: link.bytes_per_s)
         raise Problem(
             f"{name(slowest)}: {megabytes(slowest.bytes_per_s)}/s over NCCL",
-            "has NCCL found the fast network? NCCL_DEBUG=INFO says which it takes; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose",
+            "check which network NCCL uses with NCCL_DEBUG=INFO; choose one with NCCL_SOCKET_IFNAME and NCCL_IB_HCA",
             is_warning=True,
         )
     median = statistics.median(link.bytes_per_s for link in links)
@@ -201,7 +205,7 @@ def check_links(here: Here) -> str:
 
 
 def rounds(members: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Each two members once, in an order in which many pairs can go on at the same time (the circle method of tournaments)."""
+    """Yield each pair of members once, in an order that lets many pairs run at the same time (circle method)."""
     circle: list[int | None] = [*members, *([None] if len(members) % 2 else [])]
     for _ in range(len(circle) - 1):
         half = len(circle) // 2
@@ -212,12 +216,12 @@ def rounds(members: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def time_link(world: World, one: int, other: int) -> Link:
-    """Between two ranks, both of which call it: the latency, and how fast this one sends to the other."""
+    """Measure the latency between two ranks, and how fast this rank sends to the other. Both ranks must call it."""
     small = torch.zeros(2, device=world.device)
     large = torch.zeros(2**18, device=world.device)
 
-    def there_and_back(first: int, tensor: Tensor, times: int) -> float:
-        """The quickest way of a tensor from `first`, and of a few bytes back; measured by `first`."""
+    def round_trip(first: int, tensor: Tensor, times: int) -> float:
+        """Return the shortest time to send a tensor from `first` and a few bytes back, as measured by `first`."""
         answer, best = small.clone(), float("inf")
         for _ in range(times):
             began = time.perf_counter()
@@ -231,8 +235,8 @@ def time_link(world: World, one: int, other: int) -> Link:
             best = min(best, time.perf_counter() - began)
         return best
 
-    there_and_back(one, small, 2)  # connects
-    latencies = {first: there_and_back(first, small, 10) / 2 for first in (one, other)}
-    transfers = {first: there_and_back(first, large, 4) for first in (one, other)}
+    round_trip(one, small, 2)  # connects
+    latencies = {first: round_trip(first, small, 10) / 2 for first in (one, other)}
+    transfers = {first: round_trip(first, large, 4) for first in (one, other)}
     latency = latencies[world.rank]
     return Link(one, other, latency, large.numel() * 4 / max(transfers[world.rank] - latency, 1e-9))

@@ -1,7 +1,7 @@
-"""Random crop, mirror and normalisation of whole batches, as the article does them one image at a time.
+"""Random crop, horizontal flip and normalization of whole batches, equivalent to the original script's per-image transforms.
 
-What happens to an image is a function of (seed, epoch, sample id): the same whatever the number of ranks, and after a resume.
-Images come channels-last in memory: there a pixel is three neighbouring bytes, and a crop is a gather of pixels.
+The augmentation of an image is a function of (seed, epoch, sample id): it does not depend on the number of ranks or on a
+resume. Images are channels-last in memory, where a pixel is three consecutive bytes and a crop is a gather of pixels.
 """
 
 import functools
@@ -12,21 +12,21 @@ from torch import Tensor
 
 from ddp_cifar.seeding import generator
 
-# Of CIFAR-10's training set, as the article has them. The stds are the mean of each image's own std, kept for parity;
-# the std over all pixels is (0.2470, 0.2435, 0.2616).
+# Of CIFAR-10's training set, as in the original script. STD is the mean of the per-image stds, kept for parity; the std over
+# all pixels is (0.2470, 0.2435, 0.2616).
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2023, 0.1994, 0.2010)
 
 
 def padding_of(image_size: int) -> int:
-    """Pixels on each side before the crop: 4 at 32, as torchvision's RandomCrop(32, padding=4) in the article."""
+    """Return the padding on each side before the crop, in pixels: 4 for 32, as RandomCrop(32, padding=4) does."""
     return image_size // 8
 
 
 def draw_augmentations(
     num_samples: int, *, seed: int, epoch: int, image_size: int = 32, purpose: str = "augment"
 ) -> Tensor:
-    """(num_samples, 3) int32: for each sample id the crop's top and left, 0 to 2 x padding, and 1 where it is mirrored."""
+    """Return (num_samples, 3) int32 per sample id: top and left of the crop, 0 to 2 x padding, and 1 if flipped, else 0."""
     random = generator(purpose, seed, epoch)
     corners = torch.randint(2 * padding_of(image_size) + 1, (num_samples, 2), generator=random, dtype=torch.int32)
     mirrored = torch.randint(2, (num_samples, 1), generator=random, dtype=torch.int32)
@@ -34,7 +34,7 @@ def draw_augmentations(
 
 
 def augment(images: Tensor, augmentations: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 -> same shape and type: pad with black, crop, mirror, each image by its row of (B, 3)."""
+    """(B, C, H, W) uint8 -> same shape and dtype: pad with zeros, crop and flip each image by its row of (B, 3)."""
     num_images, channels, height, width = images.shape
     pad = padding_of(height)
     padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, pad, pad, pad, pad))
@@ -60,8 +60,10 @@ def normalize(images: Tensor, memory_format: torch.memory_format = torch.contigu
 def transform(
     images: Tensor, augmentations: Tensor | None, scale: Tensor, shift: Tensor, memory_format: torch.memory_format
 ) -> Tensor:
-    """(B, 3, H, W) uint8 -> float32: augmented by its rows of (B, 3), where those are given, and normalised, by what
-    `scale_and_shift` has for this size and device."""
+    """(B, 3, H, W) uint8 -> float32: augment by the rows of `augmentations` (B, 3), if given, and normalize.
+
+    `scale` and `shift` come from `scale_and_shift` for this image size and device.
+    """
     if augmentations is not None:
         images = augment(images, augmentations)
     num_images, _, height, width = images.shape
@@ -72,7 +74,7 @@ def transform(
 
 @functools.cache
 def scale_and_shift(num_pixels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Factor and summand of every number of an image: as broadcasts over three channels they would take twice as long."""
+    """Return scale and shift for every value of an image: broadcasting over three channels would take twice as long."""
     return tuple(t.repeat(num_pixels).to(device) for t in channel_scale_and_shift())  # type: ignore[return-value]
 
 

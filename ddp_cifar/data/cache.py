@@ -1,4 +1,4 @@
-"""Folders that are made once: whole or not at all, however many processes want them at the same time."""
+"""Create a folder once and atomically, even if several processes need it at the same time."""
 
 import contextlib
 import fcntl
@@ -12,10 +12,10 @@ from ddp_cifar.log import log
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Have `make` fill `folder`, unless it is there; other processes, of other nodes too, wait and then find it.
+    """Create `folder` with `make` unless it exists. Other processes, also on other nodes, wait and then use it.
 
-    It is filled under another name and renamed, so that a process that dies on the way leaves no half of it. Raises
-    `OSError` if it cannot be written, and whatever `make` raises.
+    `make` fills a temporary folder, which is then renamed, so that a killed process leaves no incomplete folder. Raises
+    `OSError` if the folder cannot be written, and any exception of `make`.
     """
     if folder.is_dir():
         return
@@ -24,7 +24,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
         if folder.is_dir():
             return
         if is_alone:
-            # of this host alone: some cluster file systems' locks hold within a host, and another may be at work
+            # only of this host: on some cluster file systems a lock is local to a host, and another host may be working
             for left_over in folder.parent.glob(f".{folder.name}.tmp-{socket.gethostname()}-*"):
                 shutil.rmtree(left_over, ignore_errors=True)
         temporary = folder.with_name(f".{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
@@ -41,19 +41,19 @@ def _rename(temporary: Path, folder: Path) -> None:
     try:
         os.rename(temporary, folder)
     except OSError:
-        # on a file system without locks another process may have been first: what it made is the same
+        # on a file system without locks, another process may have created the folder first, with the same content
         if not folder.is_dir():
             raise
 
 
 @contextlib.contextmanager
 def only_one(path: Path) -> Iterator[bool]:
-    """Hold a lock on `path` in the body; gives False where the file system has no locks."""
+    """Hold a lock on `path` in the body. Yields False if the file system does not support locks."""
     with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info(f"waiting for another process to make what {path.parent} is to hold")
+            log.info(f"waiting for another process to prepare the data in {path.parent}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
             yield False

@@ -1,7 +1,9 @@
-"""What a data set is here: two tensors a split, in memory."""
+"""Data sets in memory: two tensors per split, images and labels."""
 
 import dataclasses
+import functools
 import hashlib
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,14 +16,14 @@ from ddp_cifar.seeding import generator
 
 @dataclass(frozen=True)
 class Split:
-    """Images and labels of one split, which may be a part of the tensor of images."""
+    """Images and labels of one split. Several splits may share one tensor of images."""
 
     images: Tensor
-    """(M, 3, H, W) uint8, channels-last in memory: all images that there are, of this split or of others as well"""
+    """(M, 3, H, W) uint8, channels-last in memory; may also contain images of other splits"""
     labels: Tensor
     """(N,) int64, 0 to the number of classes - 1"""
     sample_ids: Tensor
-    """(N,) int64: where in `images` each image of the split is. Augmentation goes by it."""
+    """(N,) int64: the index in `images` of each image of the split. Augmentation depends on it."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -32,19 +34,19 @@ class Split:
         return self.images.shape[2]
 
     @staticmethod
-    def outline(num_images: int, image_size: int) -> "Split":
-        """The shape of a split alone, on torch's meta device."""
+    def metadata_only(num_images: int, image_size: int) -> "Split":
+        """Return a split without data, on torch's meta device."""
         shape = (num_images, 3, image_size, image_size)
         labels = torch.empty(num_images, dtype=torch.int64, device="meta")
         return Split(torch.empty(shape, dtype=torch.uint8, device="meta"), labels, labels)
 
     @staticmethod
     def of(images: Tensor, labels: Tensor) -> "Split":
-        """A split of all images (N, 3, S, S) uint8, in their own order, with labels (N,). Raises `UserError` for other ones."""
+        """Return a split of all images (N, 3, S, S) uint8 with labels (N,). Raises `UserError` for other shapes or types."""
         shape = tuple(images.shape)
         if images.dtype != torch.uint8 or images.ndim != 4 or shape[1] != 3 or shape[2] != shape[3]:
             raise UserError(
-                f"the images of a split are {images.dtype} of shape {shape}: expected uint8 of shape (N, 3, S, S)"
+                f"the images of a split have type {images.dtype} and shape {shape}: expected torch.uint8 and (N, 3, S, S)"
             )
         if tuple(labels.shape) != shape[:1]:
             raise UserError(f"{shape[0]} images have labels of shape {tuple(labels.shape)}: expected ({shape[0]},)")
@@ -52,17 +54,17 @@ class Split:
         return Split(channels_last, labels.long(), torch.arange(len(labels)))
 
     def to(self, device: torch.device) -> "Split":
-        """The same on a device."""
+        """Return the split on a device."""
         return Split(self.images.to(device), self.labels.to(device), self.sample_ids.to(device))
 
     def take(self, indices: Tensor) -> "Split":
-        """The part of the split that `indices` (K,) picks, over the same tensor of images."""
+        """Return the subset at `indices` (K,), which shares the tensor of images."""
         return Split(self.images, self.labels[indices], self.sample_ids[indices])
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """The splits of a data set and the names of its classes."""
+    """The splits of a data set and its class names."""
 
     train: Split
     test: Split | None
@@ -70,7 +72,7 @@ class DataSet:
     val: Split | None = None
 
     def checked(self, source: str) -> "DataSet":
-        """Itself. Raises `UserError`, which names `source`, where splits do not fit each other or the classes."""
+        """Return the data set. Raises `UserError`, which names `source`, if splits do not fit each other or the classes."""
         for name, split in (("train", self.train), ("test", self.test), ("val", self.val)):
             if split is None:
                 continue
@@ -79,48 +81,57 @@ class DataSet:
                 raise UserError(f"{source}: the {name} split has no images")
             if low < 0 or high >= len(self.classes):
                 raise UserError(
-                    f"{source}: labels of the {name} split go from {low} to {high}: expected 0 to {len(self.classes) - 1} "
+                    f"{source}: the labels of the {name} split range from {low} to {high}: expected 0 to {len(self.classes) - 1} "
                     f"({len(self.classes)} classes)"
                 )
             if split.image_size != self.train.image_size:
                 raise UserError(
-                    f"{source}: the {name} images have {split.image_size} x {split.image_size} pixels, those of train "
-                    f"{self.train.image_size} x {self.train.image_size}: expected one size"
+                    f"{source}: the {name} images have {split.image_size} x {split.image_size} pixels, the train images "
+                    f"{self.train.image_size} x {self.train.image_size}: expected the same size"
                 )
         names = list(self.classes)
         if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-            raise UserError(f"{source}: the names of classes are {names[:10]}: expected strings, each once")
-        # plain ones: a checkpoint that holds numpy's could not be read again
+            raise UserError(f"{source}: the class names are {names[:10]}: expected distinct strings")
+        # plain strings: a checkpoint with numpy's strings could not be loaded
         return dataclasses.replace(self, classes=tuple(str(name) for name in names))
 
+    @functools.cached_property
+    def image_checksum(self) -> int:
+        """CRC-32 of all pixels. It detects changes, not attacks."""
+        checksum = 0
+        for images in {id(split.images): split.images for split in (self.train, self.val, self.test) if split}.values():
+            checksum = zlib.crc32(images.permute(0, 2, 3, 1).contiguous().numpy().data, checksum)
+        return checksum
+
     def describe(self) -> str:
-        """Sizes, and a checksum of the classes' names and all labels: equal for two readings of the same data."""
+        """Return the sizes, and checksums of classes and labels, and of pixels; equal if the same data is read twice."""
         splits = {"train": self.train, "val": self.val, "test": self.test}
         sizes = ", ".join(f"{len(split)} {name}" for name, split in splits.items() if split)
         sha = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
         for split in splits.values():
             if split:
                 sha.update(split.labels.numpy().tobytes() + b"|")
-        return f"{sizes} images of {len(self.classes)} classes, labels {sha.hexdigest()[:8]}"
+        return f"{sizes} images of {len(self.classes)} classes, labels {sha.hexdigest()[:8]}, pixels {self.image_checksum:08x}"
 
     def hold_out(self, val_images: int) -> "DataSet":
-        """The same with `val_images` of the training images as `val`; with 0, no `val`.
+        """Return the data set with `val_images` of the training images moved to `val`; with 0, `val` is None.
 
-        Which ones does not depend on the run's seed: runs with other seeds choose their best by the same images.
-        Raises `UserError` if nothing would be left to train on.
+        The choice does not depend on the run's seed, so that runs with different seeds choose their best checkpoint by the
+        same images. Raises `UserError` if no image would be left to train on.
         """
         if val_images == 0:
             return self
         if val_images >= len(self.train):
             raise UserError(
-                f"data.val_images={val_images} leaves none of the {len(self.train)} training images to train on"
+                f"data.val_images={val_images} leaves none of the {len(self.train)} training images to train on: use at most "
+                f"{len(self.train) - 1}"
             )
         shuffled = torch.randperm(len(self.train), generator=generator("val"))
         val, train = shuffled[:val_images].sort().values, shuffled[val_images:].sort().values
         return DataSet(self.train.take(train), self.test, self.classes, val=self.train.take(val))
 
     def to(self, device: torch.device) -> "DataSet":
-        """The same on a device; images that splits share are there once."""
+        """Return the data set on a device. A tensor of images that splits share is copied once."""
         moved: dict[int, Tensor] = {}
 
         def move(split: Split) -> Split:
@@ -132,8 +143,13 @@ class DataSet:
         return DataSet(move(self.train), test, self.classes, val)
 
 
-def place_of(splits: Iterable[Split | None], device: torch.device, residency: str) -> torch.device:
-    """Where the images of `splits` go for training on `device`: there or, by `data.residency`, into the host's memory."""
+def is_same_data(before: str, now: str) -> bool:
+    """Compare results of `DataSet.describe`. Those of older versions have no checksum of pixels."""
+    return now == before or now.rpartition(", pixels ")[0] == before
+
+
+def choose_data_device(splits: Iterable[Split | None], device: torch.device, residency: str) -> torch.device:
+    """Return where to store the images of `splits` for training on `device`: `device` or the CPU, by `data.residency`."""
     if residency == "auto" and device.type == "cuda":
         each = {id(split.images): split.images.numel() for split in splits if split}  # bytes; splits may share images
         free, _ = torch.cuda.mem_get_info(device)

@@ -1,6 +1,6 @@
-"""Image files as pixels: whatever their size, mode and turn, upright RGB squares come out. On all cores.
+"""Decode image files of any size, mode and orientation to upright RGB squares, on all cores.
 
-Run as a program, this file is the worker that `decode_all` starts: it needs none of the package, and so starts at once.
+Run as a program, this file is the worker that `decode_all` starts. It imports nothing of the package, so that it starts fast.
 """
 
 import contextlib
@@ -20,35 +20,44 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif"}
+CHUNK_FILES, CHUNK_BYTES = 64, 4 * 2**20  # maximum number of files, and of decoded bytes, per task of a worker
 
-CHUNK_FILES, CHUNK_BYTES = 64, 4 * 2**20  # what a worker is given at a time: so many files or, decoded, bytes at most
+ORIENTATION = 0x0112  # EXIF 2.32, section 4.6.4
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-Image.MAX_IMAGE_PIXELS = None  # the user's own files are no attack, however large
+Image.MAX_IMAGE_PIXELS = None  # Pillow's limit protects against malicious files; these are the user's files
 
 
 class DecodeError(ValueError):
-    """A file is not an image that can be used; the message says why."""
+    """A file is not a usable image; the message says why."""
 
 
 class ReadError(OSError):
-    """A file cannot be read, which says nothing about the image in it: no permission, or a disk at fault."""
+    """A file cannot be read (no permission, disk error), so that nothing is known about its image."""
 
 
 def decode(path: Path, image_size: int) -> NDArray[np.uint8]:
-    """(image_size, image_size, 3): the short side is scaled to `image_size`, and the middle kept.
+    """Return (image_size, image_size, 3): the short side is resized to `image_size`, and the center is cropped.
 
-    Turned as its EXIF data say; 16-bit greys are scaled to 8 bits; transparent parts become white; of an animation it is
-    the first picture. Raises `DecodeError` if the file cannot be decoded, or holds numbers of an unknown range, and
-    `ReadError` if it is there but cannot be read.
+    The image is rotated as its EXIF data say. 16-bit grayscale is scaled to 8 bits, transparency becomes white, and an
+    animation is reduced to its first frame. Raises `DecodeError` if the file cannot be decoded or its values have an
+    unknown range, and `ReadError` if it exists but cannot be read.
     """
     try:
         with Image.open(path) as image:
-            # a large JPEG is decoded at a half, quarter or eighth of its size, still twice what is needed
+            # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is still twice the needed size
             image.draft(None, (2 * image_size, 2 * image_size))
-            upright = _to_rgb(ImageOps.exif_transpose(image), image.format)
+            upright = _to_rgb(_upright(image), image.format)
             side = min(upright.size)
             left, top = (upright.width - side) / 2, (upright.height - side) / 2
             square = (left, top, left + side, top + side)
@@ -59,18 +68,28 @@ def decode(path: Path, image_size: int) -> NDArray[np.uint8]:
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise ReadError(error.errno, error.strerror, str(path)) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        # Pillow and Python name the file, which the caller does too
+        # Pillow and Python add the file name to the message, and so does the caller
         for name in (f" {str(path)!r}", f": {str(path)!r}"):
             reason = reason.replace(name, "")
         raise DecodeError(reason.strip(":")) from error
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Rotate an image as its EXIF orientation says. If Pillow cannot read the metadata, return the image as it is."""
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # Pillow raises many types for broken metadata
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
-    # mode I is how Pillow holds 16 bits of some formats, but a TIFF's 16 bits are I;16
+    # Pillow uses mode I for 16 bits in some formats, but I;16 for a TIFF's 16 bits
     if image.mode == "F" or (image.mode == "I" and file_format == "TIFF"):
-        raise DecodeError("it holds numbers of 32 bits, whose range is not known")
+        raise DecodeError("it has 32-bit values of unknown range")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's own conversion would cut them off at 255
+        # Pillow's conversion would clip values at 255
         values: NDArray[Any] = np.asarray(image)
         return Image.fromarray((values // 256).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -80,17 +99,17 @@ def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
 
 
 def decode_all(paths: Sequence[Path], image_size: int, num_workers: int) -> Iterator[bytes | str]:
-    """The pixels of each file, in order, or what is wrong with it; by `num_workers` processes, where there is work for them.
+    """Yield the pixels of each file, in order, or an error message. Uses up to `num_workers` processes.
 
-    Processes, as most of the work on a small file holds Python's lock: threads would wait for one another. Raises
-    `ReadError` for a file that is there but cannot be read.
+    It uses processes because most of the work on a small file holds Python's GIL. Raises `ReadError` for a file that exists
+    but cannot be read.
     """
     size = max(1, min(CHUNK_FILES, CHUNK_BYTES // (3 * image_size**2)))
     chunks = [paths[i : i + size] for i in range(0, len(paths), size)]
     num_workers = min(num_workers, len(chunks))
     if num_workers < 2:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about what it reads all the same
+            warnings.simplefilter("ignore")  # Pillow's, about files that it can read
             yield from _decode_chunk(paths, image_size)
         return
     idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
@@ -104,7 +123,9 @@ def decode_all(paths: Sequence[Path], image_size: int, num_workers: int) -> Iter
             worker.stdin.flush()
             answer: list[bytes | str] | Exception = pickle.load(worker.stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
-            raise RuntimeError(f"a process that decoded {chunk[0]} ... {chunk[-1]} ended: out of memory?") from error
+            raise RuntimeError(
+                f"a worker process exited while decoding {chunk[0]} ... {chunk[-1]}: out of memory?"
+            ) from error
         finally:
             idle.put(worker)
         if isinstance(answer, OSError):
@@ -114,18 +135,21 @@ def decode_all(paths: Sequence[Path], image_size: int, num_workers: int) -> Iter
         return answer
 
     with contextlib.ExitStack() as stack:
-        # -P: without it this file's folder would be searched for modules
+        # -P: otherwise Python would search this file's folder for modules
         command = [sys.executable, "-P", __file__, str(image_size)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # or numpy starts a thread a core in each
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+        }  # otherwise numpy starts one thread per core in each process
         for _ in range(num_workers):
             worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
             stack.callback(_end, worker)
             idle.put(worker)
-        pool = ThreadPoolExecutor(num_workers)  # one waits for each process
-        stack.callback(pool.shutdown, cancel_futures=True)  # after an error or Ctrl-C nobody waits for the rest
+        pool = ThreadPoolExecutor(num_workers)  # one thread per process, which waits for it
+        stack.callback(pool.shutdown, cancel_futures=True)  # after an error or Ctrl-C, do not decode the rest
         pending: deque[Future[list[bytes | str]]] = deque()
         for chunk in chunks:
-            if len(pending) == 2 * num_workers:  # a slow disk does not fill the memory
+            if len(pending) == 2 * num_workers:  # limits memory if the consumer is slow
                 yield from pending.popleft().result()
             pending.append(pool.submit(decode_chunk, chunk))
         while pending:
@@ -133,11 +157,11 @@ def decode_all(paths: Sequence[Path], image_size: int, num_workers: int) -> Iter
 
 
 def _end(worker: "subprocess.Popen[bytes]") -> None:
-    """A worker ends when its pipes are closed."""
+    """Stop a worker by closing its pipes."""
     assert worker.stdin is not None
     assert worker.stdout is not None
     worker.stdout.close()
-    with contextlib.suppress(BrokenPipeError):  # it has ended already
+    with contextlib.suppress(BrokenPipeError):  # it has already exited
         worker.stdin.close()
     worker.wait()
 
@@ -151,8 +175,8 @@ def _decode_chunk(paths: Sequence[Path], image_size: int) -> Iterator[bytes | st
 
 
 def _serve(image_size: int) -> None:
-    """Answer each pickled list of paths on stdin with one of pixels or problems on stdout, until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which then closes stdin
+    """Answer each pickled list of paths on stdin with a list of pixels or error messages on stdout, until stdin closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which then closes stdin
     warnings.simplefilter("ignore")
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
@@ -161,7 +185,7 @@ def _serve(image_size: int) -> None:
             try:
                 answer = list(_decode_chunk(paths, image_size))
             except ReadError as error:
-                # as a class that the parent knows: here this file is __main__
+                # as a class that the parent can unpickle: in this process, ReadError belongs to __main__
                 answer = OSError(error.errno, error.strerror, error.filename)
             except MemoryError as error:
                 answer = error

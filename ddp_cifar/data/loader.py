@@ -1,7 +1,7 @@
-"""From indices to batches on the device: gathered, augmented and normalised as whole tensors.
+"""From indices to batches on the device: images are gathered, augmented and normalized as whole tensors.
 
-A split is on the device, where it fits, and nothing is sent for a batch. Else it is in the host's memory, and each batch is
-sent as uint8, from pinned memory, on a stream of its own, while the one before is trained on.
+If a split fits on the device, it is stored there, and nothing is copied per batch. Otherwise it is in host memory, and each
+batch is copied as uint8 from pinned memory, on a separate stream, while the previous batch is in use.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from torch import Tensor
 from ddp_cifar.data.augment import draw_augmentations, scale_and_shift, transform
 from ddp_cifar.data.dataset import Split
 from ddp_cifar.data.sampler import MicroBatchIndices, StepIndices, StepSampler
-from ddp_cifar.distributed import World
+from ddp_cifar.distributed.world import World
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch", bound="MicroBatch | EvalBatch")
@@ -25,29 +25,34 @@ Transform = Callable[[Tensor, Tensor | None, Tensor, Tensor, torch.memory_format
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes."""
+    """The input of one forward pass in training."""
 
     index: int
-    """Of this micro-batch in the step's global batch: the same on whatever rank it is computed."""
+    """Index of this micro-batch in the step's global batch, independent of the rank that computes it."""
     images: Tensor
-    """(B, 3, H, W) float32, normalised, on the device"""
+    """(B, 3, H, W) float32, normalized, on the device"""
     labels: Tensor
     """(B,) int64, on the device"""
     sample_ids: Tensor
-    """(B,) int64, on the device: which images they are"""
+    """(B,) int64, on the device: the ids of the images"""
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One rank's part of a step; iterating makes its micro-batches one after another."""
+    """One rank's part of a step, which may be empty. Iteration creates its micro-batches one by one."""
 
     indices: StepIndices
     make: Callable[[MicroBatchIndices], MicroBatch]
 
     @property
     def num_images(self) -> int:
-        """Images of the whole global batch, over all ranks."""
+        """Number of images in the global batch, over all ranks."""
         return self.indices.num_images
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Number of micro-batches in the step, over all ranks."""
+        return self.indices.num_micro_batches
 
     def __len__(self) -> int:
         return len(self.indices.micro_batches)
@@ -58,21 +63,21 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """What one forward pass takes in an evaluation."""
+    """The input of one forward pass in an evaluation."""
 
     images: Tensor
-    """(B, 3, H, W) float32, normalised, on the device"""
+    """(B, 3, H, W) float32, normalized, on the device"""
     labels: Tensor
     """(B,) int64, on the device"""
     indices: Tensor
-    """(B,) int64, on the CPU: where in the split they are"""
+    """(B,) int64, on the CPU: the indices of the images in the split"""
 
 
-class Ahead(Generic[Item, Batch]):
-    """Makes batches of items; with a stream, the next one's there, while the one before is in use."""
+class Prefetcher(Generic[Item, Batch]):
+    """Makes batches from items. With a stream, makes the next batch on it while the previous one is in use."""
 
     def __init__(self, make: Callable[[Item], Batch], items: Iterable[Item], stream: torch.cuda.Stream | None) -> None:
-        """`items` are those that will be taken, in this order."""
+        """`items` are the expected arguments of `take`, in order."""
         self.make = make
         self.items = iter(items)
         self.stream = stream
@@ -80,7 +85,7 @@ class Ahead(Generic[Item, Batch]):
             self._start()
 
     def take(self, item: Item) -> Batch:
-        """The batch of an item. One that is not the next of `items` is made at once."""
+        """Return the batch of an item. If it is not the next of `items`, its batch is made immediately."""
         if not self.stream or item is not self.item:
             return self.make(item)
         user = torch.cuda.current_stream(self.stream.device)
@@ -88,7 +93,7 @@ class Ahead(Generic[Item, Batch]):
         batch = self.batch
         for part in vars(batch).values():
             if isinstance(part, Tensor) and part.is_cuda:
-                part.record_stream(user)  # the other stream's allocator is not to take its memory before
+                part.record_stream(user)  # keeps the allocator from reusing the memory too early
         self._start()
         return batch
 
@@ -102,7 +107,7 @@ class Ahead(Generic[Item, Batch]):
 class EvalLoader:
     """A split, as uint8, and this rank's share of it for an evaluation on `device`.
 
-    Batches are made where the split is, and sent to the device as uint8.
+    Batches are gathered where the split is stored, and copied to the device as uint8.
     """
 
     def __init__(self, split: Split, channels_last: bool, device: torch.device) -> None:
@@ -113,7 +118,7 @@ class EvalLoader:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.scale, self.shift = scale_and_shift(split.image_size**2, device)
         self.transform: Transform = transform
-        """uint8 images to the network's input; train.compile puts a compiled one here."""
+        """Function from uint8 images to the network's input; train.compile replaces it by a compiled one."""
 
     def __len__(self) -> int:
         return len(self.split)
@@ -126,20 +131,20 @@ class EvalLoader:
     def gather(self, indices: Tensor, augmentations: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B,) int64 indices -> (B, 3, H, W) float32 images, (B,) int64 labels and sample ids, on the device.
 
-        Each image is augmented by its sample id's row of `augmentations` (num_ids, 3), where those are given.
+        If `augmentations` (num_ids, 3) is given, each image is augmented by the row of its sample id.
         """
         indices = indices.to(self.split.images.device)
         sample_ids = self.split.sample_ids[indices]
         images = self.split.images.permute(0, 2, 3, 1).index_select(0, sample_ids).permute(0, 3, 1, 2)
         labels = self.split.labels[indices]
-        own = None if augmentations is None else augmentations[sample_ids]
+        table = None if augmentations is None else augmentations[sample_ids]
         if not self.is_resident:
             images, labels, sample_ids = (self._send(tensor) for tensor in (images, labels, sample_ids))
-            own = None if own is None else self._send(own)
-        return self.transform(images, own, self.scale, self.shift, self.memory_format), labels, sample_ids
+            table = None if table is None else self._send(table)
+        return self.transform(images, table, self.scale, self.shift, self.memory_format), labels, sample_ids
 
     def _send(self, tensor: Tensor) -> Tensor:
-        """To the device, and nothing waits for it but the device's own stream."""
+        """Copy to the device; only the device's stream waits for the copy."""
         if self.device.type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
@@ -147,11 +152,11 @@ class EvalLoader:
     def evaluation_batches(
         self, world: World, batch_size: int, augmentations: Tensor | None = None
     ) -> Iterator[EvalBatch | None]:
-        """This rank's batches of the split, images and labels `gather`ed: number rank, rank + world_size ...
+        """Yield this rank's batches of the split: those with the indices rank, rank + world_size, ...
 
-        A batch holds the same images on any number of ranks, since an image's logits depend, in their last bits, on its
-        batch. Each image is on exactly one rank, where `DistributedSampler` would pad and so count some twice. Every rank
-        gets as many batches, which a rank that has none left for the last turn gets as None.
+        A batch has the same images on any number of ranks, because the last bits of an image's logits depend on its batch.
+        Each image is on exactly one rank; `DistributedSampler` would pad and count some images twice. Every rank yields
+        the same number of batches: a rank without a batch in the last round yields None.
         """
         batches = torch.arange(len(self)).split(batch_size)
 
@@ -159,10 +164,10 @@ class EvalLoader:
             images, labels, _ = self.gather(indices, augmentations)
             return EvalBatch(images, labels, indices)
 
-        own = batches[world.rank :: world.world_size]
-        ahead = Ahead(make, own, self.stream)
-        for turn in range(math.ceil(len(batches) / world.world_size)):
-            yield ahead.take(own[turn]) if turn < len(own) else None
+        rank_batches = batches[world.rank :: world.world_size]
+        prefetcher = Prefetcher(make, rank_batches, self.stream)
+        for i in range(math.ceil(len(batches) / world.world_size)):
+            yield prefetcher.take(rank_batches[i]) if i < len(rank_batches) else None
 
 
 class TrainLoader(EvalLoader):
@@ -176,19 +181,19 @@ class TrainLoader(EvalLoader):
         self.seed = seed
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[StepBatch]:
-        """The epoch's steps from `first_step` on."""
+        """Yield the epoch's steps, starting with `first_step`."""
         augmentations = self.augmentations(epoch)
         steps, again = itertools.tee(self.sampler.steps(epoch, first_step, self.split.images.device))
 
         def make(micro: MicroBatchIndices) -> MicroBatch:
             return MicroBatch(micro.index, *self.gather(micro.indices, augmentations))
 
-        ahead = Ahead(make, (micro for step in again for micro in step.micro_batches), self.stream)
+        prefetcher = Prefetcher(make, (micro for step in again for micro in step.micro_batches), self.stream)
         for indices in steps:
-            yield StepBatch(indices, ahead.take)
+            yield StepBatch(indices, prefetcher.take)
 
     def augmentations(self, epoch: int, purpose: str = "augment") -> Tensor:
-        """(num_ids, 3) int32, where the split is: the epoch's crop and mirror of each sample id."""
+        """Return (num_ids, 3) int32, where the split is stored: the crop and flip of each sample id in this epoch."""
         table = draw_augmentations(
             len(self.split.images), seed=self.seed, epoch=epoch, image_size=self.split.image_size, purpose=purpose
         )

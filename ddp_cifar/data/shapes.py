@@ -1,6 +1,7 @@
-"""The embedded data set: ten classes of drawn shapes on 32 x 32 colour images. No download, the same from the same seed.
+"""The generated data set: ten classes of shapes in 32 x 32 color images. No download; a seed determines all images.
 
-A class is a form, whatever its colour, place, size and turn; background, clutter and noise hide it from a linear model.
+The class is the shape; its color, position, size and rotation are random. Background, clutter and noise make the task hard
+for a linear model.
 """
 
 import itertools
@@ -10,14 +11,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ddp_cifar.config import DataConfig
 from ddp_cifar.data.dataset import DataSet, Split
-from ddp_cifar.distributed import World
+from ddp_cifar.data.source import Source
+from ddp_cifar.distributed.world import World
 from ddp_cifar.seeding import generator
 
 SIZE = 32
-CHUNK, BLOCK = 1000, 100  # images whose random numbers are drawn at once, to bound memory; images painted at once
-MAX_TURN = 0.4  # radians either way: wide enough that no pixel tells a class, and learnt in a minute on two cores
+CHUNK = 1000  # images whose random numbers are drawn at once, which limits memory
+BLOCK = 100  # images painted at once
+# Radians in both directions: no single pixel reveals the class, and a minute on two cores is enough to learn.
+MAX_ANGLE = 0.4
 
 
 def _disc(x: Tensor, y: Tensor) -> Tensor:
@@ -62,7 +65,7 @@ def _two_dots(x: Tensor, y: Tensor) -> Tensor:
     return torch.hypot(x.abs() - 0.6, y) - 0.4
 
 
-# Signed distance of each point to the form, about: below 0 inside. Coordinates are in units of the shape's own size.
+# Approximate signed distance of each point to the shape, negative inside. Coordinates are in units of the shape's size.
 FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "disc": _disc,
     "ring": _ring,
@@ -77,19 +80,23 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def draw_shapes(config: DataConfig, world: World) -> DataSet:
-    """Draw config.shapes.train_images and test_images, every class as often as any other, give or take one."""
-    shapes = config.shapes
-    train = _draw_split(shapes.train_images, generator("shapes train", shapes.seed))
-    test = _draw_split(shapes.test_images, generator("shapes test", shapes.seed))
-    return DataSet(train, test, tuple(FORMS))
+class Shapes(Source):
+    """Generated images: config.shapes.train_images and test_images. Class counts differ by at most one."""
 
+    image_size = SIZE
 
-def outline_shapes(config: DataConfig) -> DataSet:
-    """The shape of what would be drawn."""
-    shapes = config.shapes
-    train, test = Split.outline(shapes.train_images, SIZE), Split.outline(shapes.test_images, SIZE)
-    return DataSet(train, test, tuple(FORMS))
+    def read(self, world: World) -> DataSet:
+        """Generate all images."""
+        shapes = self.config.shapes
+        train = _draw_split(shapes.train_images, generator("shapes train", shapes.seed))
+        test = _draw_split(shapes.test_images, generator("shapes test", shapes.seed))
+        return DataSet(train, test, tuple(FORMS))
+
+    def metadata(self, world: World) -> DataSet:
+        """Return the shapes of the tensors, without images."""
+        shapes = self.config.shapes
+        train, test = Split.metadata_only(shapes.train_images, SIZE), Split.metadata_only(shapes.test_images, SIZE)
+        return DataSet(train, test, tuple(FORMS))
 
 
 def _draw_split(num_images: int, random: torch.Generator) -> Split:
@@ -100,14 +107,14 @@ def _draw_split(num_images: int, random: torch.Generator) -> Split:
 
 
 def _draw(labels: Tensor, random: torch.Generator) -> Tensor:
-    """(B,) labels -> (B, 3, 32, 32) uint8, by blocks, whose tensors stay in the processor's cache."""
+    """(B,) labels -> (B, 3, 32, 32) uint8, in blocks small enough for the processor's cache."""
     drawn: list[Tensor] = []
 
     def paint(block: slice) -> Tensor:
         count = itertools.count()
 
         def rand(*shape: int) -> Tensor:
-            """This block's part of the next random numbers, which the first block draws for all."""
+            """Return this block's part of the next random numbers; the first block draws them for all blocks."""
             if (number := next(count)) == len(drawn):
                 drawn.append(torch.rand(len(labels), *shape, generator=random, dtype=torch.float64))
             return drawn[number][block]
@@ -118,7 +125,7 @@ def _draw(labels: Tensor, random: torch.Generator) -> Tensor:
 
 
 def _paint(labels: Tensor, rand: Callable[..., Tensor]) -> Tensor:
-    """(B,) labels -> (B, 3, 32, 32) uint8; `rand(*shape)` gives (B, *shape) random numbers of 0 to 1."""
+    """(B,) labels -> (B, 3, 32, 32) uint8; `rand(*shape)` returns (B, *shape) random numbers from 0 to 1."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * rand(*shape, 1, 1)
@@ -127,21 +134,21 @@ def _paint(labels: Tensor, rand: Callable[..., Tensor]) -> Tensor:
     y, x = axis.view(1, SIZE, 1), axis.view(1, 1, SIZE)
 
     def local(size: Tensor, spread: float) -> tuple[Tensor, Tensor]:
-        """Coordinates (n, 32, 32) of a place, turn and size of each image's own."""
-        angle = uniform(-MAX_TURN, MAX_TURN)
+        """Return coordinates (n, 32, 32) with a random position and rotation per image, scaled by `size`."""
+        angle = uniform(-MAX_ANGLE, MAX_ANGLE)
         dx, dy = x - uniform(-spread, spread), y - uniform(-spread, spread)
         return (dx * angle.cos() + dy * angle.sin()) / size, (dy * angle.cos() - dx * angle.sin()) / size
 
     def cover(distance: Tensor, size: Tensor) -> Tensor:
-        """Share of each pixel that a form covers, (n, 1, 32, 32): its edge is one pixel wide."""
+        """Return the fraction of each pixel that a shape covers, (n, 1, 32, 32); its edge is one pixel wide."""
         return (0.5 - distance * size).clamp(0, 1).unsqueeze(1)
 
-    # A background that changes colour across the image
+    # Background: a color gradient across the image
     start, end = uniform(0, 1, 3), uniform(0, 1, 3)
     across, _ = local(torch.tensor(SIZE / 2.0), 0)
     canvas = start + (end - start) * (across.unsqueeze(1) + 1) / 2
 
-    # Clutter: bits of line and dots, smaller than any shape
+    # Clutter: short lines and dots, smaller than any shape
     for _ in range(3):
         size = uniform(1.5, 3.0)
         u, v = local(size, 14)
@@ -154,10 +161,10 @@ def _paint(labels: Tensor, rand: Callable[..., Tensor]) -> Tensor:
     for label, form in enumerate(FORMS.values()):
         mine = labels == label
         distance[mine] = form(u[mine], v[mine])
-    # A colour away from the middle grey of its surroundings, darker or brighter at random
+    # A color that differs from the mean of the image: darker if the mean is bright, else brighter
     middle = canvas.mean(dim=(2, 3), keepdim=True)
-    colour = (middle + uniform(0.3, 0.55, 3) * torch.where(middle > 0.5, -1.0, 1.0)).clamp(0, 1)
-    canvas = canvas.lerp(colour.expand_as(canvas), cover(distance, size))
+    color = (middle + uniform(0.3, 0.55, 3) * torch.where(middle > 0.5, -1.0, 1.0)).clamp(0, 1)
+    canvas = canvas.lerp(color.expand_as(canvas), cover(distance, size))
 
     noise = rand(3, SIZE, SIZE) - 0.5
     canvas = canvas + noise * uniform(0.05, 0.2, 1)

@@ -1,59 +1,101 @@
-"""Networks: plain `nn.Module`s that know nothing of configs or ranks. A new one is a file here and a line in `MODELS`."""
+"""Networks: plain `nn.Module`s that do not depend on configs or ranks.
 
-from collections.abc import Callable
+To add a network, add a file here and a line in registry.py. Its function takes the number of classes, the image size (height
+and width, in pixels), and `model.args`.
+"""
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from ddp_cifar.config import ModelConfig
-from ddp_cifar.errors import UserError
-from ddp_cifar.models.cnn import CNN
-from ddp_cifar.models.resnet import ResNet9, ResNet18
-from ddp_cifar.models.torchvision import build_torchvision
-from ddp_cifar.named import call, find
-
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "cnn": CNN,
-    "resnet18": ResNet18,
-    "resnet9": ResNet9,
-    "torchvision": build_torchvision,
-}
-"""Name -> function of the number of classes, the images' height and width in pixels, and `model.args`."""
+from ddp_cifar.errors import UserError, first_line
+from ddp_cifar.registry import call, resolve
+from ddp_cifar.seeding import unchanged_generators
 
 
-def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
-    """The network that `config` names, for images (B, 3, image_size, image_size) and logits (B, num_classes).
+def build_model(
+    config: ModelConfig, num_classes: int, image_size: int, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Build the network of `config`, for images (B, 3, image_size, image_size) and logits (B, num_classes).
 
-    Raises `UserError` if there is none of that name, if it does not take `config.args`, or if it is not for such images.
+    It is built on the CPU, so that its initial weights are the same on any device, then moved to `device` and tried.
+    Raises `UserError` if its name is unknown, if it does not accept `config.args`, or if it fails on such images.
     """
-    function = find("model.name", config.name, MODELS)
+    function = resolve("model.name", config.name)
     model = call("model.name", config.name, function, num_classes, image_size, **config.args)
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name={config.name} returned a {type(model).__name__}: expected a torch.nn.Module")
+    _materialize(model, config.name, image_size)
+    model = model.to(device)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"model.name={config.name} has no parameters to train")
     _try(model, config.name, num_classes, image_size)
     return model
 
 
-@torch.no_grad()
+def _materialize(model: nn.Module, name: str, image_size: int) -> None:
+    """Give lazy layers their shapes, and initial weights, by a forward pass. Raises `UserError` if it fails."""
+    if not any(isinstance(module, LazyModuleMixin) for module in model.modules()):
+        return
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(2, 3, image_size, image_size))
+    except Exception as error:  # user-defined code may raise anything
+        raise UserError(f"model.name={name} fails on its first forward pass: {first_line(error)}") from error
+
+
+def fails_on_one_image(model: nn.Module, num_classes: int, image_size: int) -> str:
+    """Return why the model cannot train on one image, such as BatchNorm over 1 x 1 pixels, or "" if it can."""
+    return _problem(model, 1, num_classes, image_size, training=True)
+
+
 def _try(model: nn.Module, name: str, num_classes: int, image_size: int) -> None:
-    """Raise `UserError` unless the model makes (2, num_classes) logits of two images, in training as well."""
-    images = torch.zeros(2, 3, image_size, image_size)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    """Raise `UserError` unless the model returns (2, num_classes) logits for two images, in train and eval mode."""
     for training in (True, False):
-        try:
-            with torch.random.fork_rng(devices=[]):  # dropout draws
-                logits = model.train(training)(images)
-        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"model.name={name} fails on images of shape {tuple(images.shape)} ({reason})") from error
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        if found != (2, num_classes):
-            raise UserError(
-                f"model.name={name} makes {found} of images of shape {tuple(images.shape)}{' in training' * training}: "
-                f"expected logits of shape (2, {num_classes}), the number of classes"
-            )
-    model.train()
-    for buffer, before in buffers:
-        buffer.copy_(before)
+        if problem := _problem(model, 2, num_classes, image_size, training=training):
+            raise UserError(f"model.name={name} fails on images of shape {(2, 3, image_size, image_size)}: {problem}")
+
+
+@contextlib.contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Undo what the body does to buffers, whether it changes them in place or assigns new tensors."""
+    kept = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, before in kept:
+            module._buffers[name] = buffer
+            with torch.no_grad():
+                buffer.copy_(before)
+
+
+@torch.no_grad()
+def _problem(model: nn.Module, num_images: int, num_classes: int, image_size: int, *, training: bool) -> str:
+    """Run the model on black images on its device and return what is wrong with its logits, "" if nothing.
+
+    Neither the model nor the state of the random generators changes.
+    """
+    device = next(model.parameters()).device
+    try:
+        with unchanged_buffers(model), unchanged_generators(device):  # dropout uses the generator
+            logits = model.train(training)(torch.zeros(num_images, 3, image_size, image_size, device=device))
+    except (RuntimeError, ValueError, TypeError, AssertionError, LookupError) as error:
+        return first_line(error)
+    finally:
+        model.train()
+    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if found == (num_images, num_classes):
+        return ""
+    return (
+        f"it returns {found}{' in training' * training}, expected logits of shape (images, classes) = "
+        f"{(num_images, num_classes)}"
+    )

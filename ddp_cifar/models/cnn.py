@@ -1,7 +1,7 @@
-"""The article's network: six convolutions and three linear layers.
+"""The network of the original script: six convolutions and three linear layers.
 
-Parameters carry the names that the article's module gives them (`conv_layer.0.weight` ... `fc_layer.6.bias`), so that a
-state dict saved from it loads here.
+Parameters have the same names as in the original script (`conv_layer.0.weight` ... `fc_layer.6.bias`), so that a state dict
+saved by it can be loaded here.
 """
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class CNN(nn.Module):
     """(B, 3, S, S) float images -> (B, num_classes) logits; 5,852,170 parameters for ten classes and 32 x 32 pixels.
 
-    Other image sizes (8 and up) change the first linear layer, which takes 256 x (S // 8) x (S // 8) numbers.
+    The first linear layer has 256 x (S // 8) x (S // 8) inputs. S must be at least 8.
     """
 
     def __init__(self, num_classes: int = 10, image_size: int = 32) -> None:
@@ -38,7 +38,7 @@ class CNN(nn.Module):
 
 
 def _block(channels_in: int, channels_mid: int, channels_out: int) -> list[nn.Module]:
-    """Two convolutions and a pooling that halves height and width. Only the first convolution is normalised."""
+    """Two convolutions, the first with BatchNorm, and a max pooling that halves height and width."""
     return [
         nn.Conv2d(channels_in, channels_mid, kernel_size=3, padding=1),
         nn.BatchNorm2d(channels_mid),

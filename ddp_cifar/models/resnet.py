@@ -1,7 +1,6 @@
-"""Residual networks for small images: no early pooling, so that 32 x 32 pixels are not thrown away.
+"""Residual networks for small images, without early pooling, which would lose too much of 32 x 32 pixels.
 
-Averages and maxima over all pixels are plain reductions, which have deterministic gradients on a GPU; the adaptive poolings
-have not.
+Mean and maximum over all pixels are plain reductions, which have deterministic gradients on a GPU; adaptive pooling does not.
 """
 
 from torch import Tensor, nn
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 class ResNet18(nn.Module):
     """(B, 3, S, S) float images -> (B, num_classes) logits; 11,173,962 parameters for ten classes.
 
-    He, Zhang, Ren and Sun, Deep Residual Learning for Image Recognition (CVPR 2016), ResNet-18, but for the stem: one 3 x 3
-    convolution without stride and without pooling, as is usual for CIFAR.
+    ResNet-18 of He, Zhang, Ren and Sun, Deep Residual Learning for Image Recognition (CVPR 2016), except for the stem: one
+    3 x 3 convolution without stride or pooling, as usual for CIFAR.
     """
 
     def __init__(self, num_classes: int = 10, image_size: int = 32) -> None:
@@ -30,7 +29,7 @@ class ResNet18(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions of 3 x 3, added to what came in; a convolution of 1 x 1 brings that to shape where it has another."""
+    """Two 3 x 3 convolutions and a shortcut; a 1 x 1 convolution adapts the shortcut if the shape changes."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -46,10 +45,10 @@ class BasicBlock(nn.Module):
 
 
 class ResNet9(nn.Module):
-    """(B, 3, S, S) float images -> (B, num_classes) logits; 6,573,120 parameters for ten classes. Images of 8 pixels and up.
+    """(B, 3, S, S) float images -> (B, num_classes) logits; 6,573,120 parameters for ten classes. S must be at least 8.
 
-    The network that is trained fastest on CIFAR-10: Page, How to Train Your ResNet (2018), after Coleman et al., DAWNBench
-    (2017). Its last layer has no bias, and its logits are scaled by 1/8.
+    A network for fast training on CIFAR-10: Page, How to Train Your ResNet (2018), after Coleman et al., DAWNBench (2017).
+    Its last layer has no bias, and its logits are scaled by 1/8.
     """
 
     def __init__(self, num_classes: int = 10, image_size: int = 32) -> None:
@@ -69,7 +68,7 @@ class ResNet9(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two convolutions, added to what came in."""
+    """Two 3 x 3 convolutions with an identity shortcut."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -81,7 +80,7 @@ class Residual(nn.Module):
 
 
 def _convolution(before: int, after: int, stride: int = 1) -> nn.Sequential:
-    """3 x 3, normalised."""
+    """A 3 x 3 convolution with BatchNorm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)
     )

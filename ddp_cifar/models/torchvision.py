@@ -1,37 +1,31 @@
-"""Any classifier of torchvision, by its name there."""
+"""Any classifier of torchvision, by its name."""
 
-import difflib
 from typing import Any
 
 from torch import nn
 
-from ddp_cifar.errors import UserError
+from ddp_cifar.errors import UserError, did_you_mean
 
 
 def build_torchvision(num_classes: int, image_size: int, /, *, name: str, **args: Any) -> nn.Module:
-    """`torchvision.models.NAME(num_classes=..., **args)`: its last layer has `num_classes` outputs, its weights are random.
+    """Return `torchvision.models.NAME(num_classes=..., **args)` with random weights.
 
-    Raises `UserError` for a name that torchvision has not, for arguments that it does not take, and for `weights`, which are the
-    config key `model.init`'s.
+    Raises `UserError` for an unknown name, for arguments that it does not accept, and for `weights`, for which the config has
+    `model.init`.
     """
-    import torchvision  # here, as it takes two seconds
+    import torchvision  # imported here because it takes two seconds
 
     names = torchvision.models.list_models(torchvision.models)
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3)
-        raise UserError(
-            f"model.args.name={name} is no classifier of torchvision {torchvision.__version__}; "
-            + (f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(names)}")
-        )
+        hint = did_you_mean(name, names, most=3) or f"it has {', '.join(names)}"
+        raise UserError(f"model.args.name={name} is not a classifier of torchvision {torchvision.__version__}; {hint}")
     if "weights" in args:
         raise UserError(
-            "model.args.weights is not for here: save the weights' state dict to a file, and start from it with model.init"
+            "model.args.weights is not supported: save the weights as a state dict and load it with model.init=PATH"
         )
     if name in ("googlenet", "inception_v3"):
-        args = {
-            "aux_logits": False,
-            "init_weights": True,
-        } | args  # else they make several outputs in training, and warn
+        # by default they have auxiliary outputs in training, and warn about their initialization
+        args = {"aux_logits": False, "init_weights": True} | args
     if name.startswith("vit_"):
         args.setdefault("image_size", image_size)
     try:

@@ -1,23 +1,27 @@
 #!/usr/bin/env bash
-# A real Slurm cluster inside this machine, for tests:
+# Run a real Slurm cluster inside this machine, for tests.
 #
-#     tests/slurm/cluster.sh up [NODES]           # node1, node2, ...; default 3; idle when this returns
-#     tests/slurm/cluster.sh exec COMMAND...      # on the head, where slurmctld runs: sbatch, squeue, scontrol
-#     tests/slurm/cluster.sh on NODE COMMAND...
-#     tests/slurm/cluster.sh crash NODE           # cut its power; boot NODE starts it again
+# Usage:
+#
+#     tests/slurm/cluster.sh up [NODES]           # start node1, node2, ... (default 3), and wait until they are idle
+#     tests/slurm/cluster.sh exec COMMAND...      # run a command on the head node, where slurmctld runs
+#     tests/slurm/cluster.sh on NODE COMMAND...   # run a command on a node
+#     tests/slurm/cluster.sh crash NODE           # cut the power of a node
+#     tests/slurm/cluster.sh boot NODE            # start a crashed node again
 #     tests/slurm/cluster.sh status
 #     tests/slurm/cluster.sh down
-#     tests/slurm/cluster.sh check                # whether this machine can hold one; else says why not
+#     tests/slurm/cluster.sh check                # exit with 0 if this machine can run a cluster; otherwise say why not
 #
-# Settings, by environment variables:
-#   CLUSTER_DIR   its configuration, logs and sockets: a short path without spaces, replaced by `up`; default /tmp/slurm-cluster
-#   PROCTRACK     cgroup or linuxproc, what Slurm knows a job's processes by; default cgroup, where this machine can
+# Settings (environment variables):
+#   CLUSTER_DIR   folder for configuration, logs and sockets: a short path without spaces, replaced by `up`; default
+#                 /tmp/slurm-cluster
+#   PROCTRACK     how Slurm tracks the processes of a job: cgroup or linuxproc; default: cgroup, if this machine supports it
 #
-# Needs root, and on Debian: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge iproute2
+# Requires root, and on Debian: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge iproute2
 #
-# The head and every node have a host name, an address, mounts and process ids of their own: namespaces, the nodes' nested in
-# the head's. So killing the head's first process ends all of it, and it neither reaches the outer network nor is reached
-# from there. The file system is this machine's, shared by all nodes.
+# The head and the nodes run in Linux namespaces, with their own host names, addresses, mounts and process ids. The nodes'
+# namespaces are nested in the head's, so killing the head's first process ends the whole cluster. The cluster has no
+# connection to the outer network. All nodes share the file system of this machine.
 set -euo pipefail
 umask 022
 self=$(readlink -f "${BASH_SOURCE[0]}")
@@ -36,7 +40,7 @@ check() {
   [ "$(id -u)" = 0 ] || die "a Slurm cluster for tests needs root"
   local program
   for program in slurmctld slurmd sbatch munged ip; do
-    command -v "$program" >/dev/null || die "a Slurm cluster for tests needs $program: cluster.sh says which packages to install"
+    command -v "$program" >/dev/null || die "a Slurm cluster for tests needs $program; tests/slurm/cluster.sh lists the packages to install"
   done
   unshare --net --uts --mount --pid --fork --mount-proc \
     sh -c 'ip link add br0 type bridge && ip link add v1 type veth peer name eth0' 2>/dev/null ||
@@ -46,7 +50,7 @@ check() {
 up() {
   local nodes=${1:-3} unshare head
   check
-  [ ! -e "$dir" ] || [ -e "$SLURM_CONF" ] || rmdir "$dir" || die "CLUSTER_DIR=$dir has something else in it"
+  [ ! -e "$dir" ] || [ -e "$SLURM_CONF" ] || rmdir "$dir" || die "CLUSTER_DIR=$dir contains other files: use an empty folder"
   down
   rm -rf "$dir"
   configure "$nodes"
@@ -55,8 +59,8 @@ up() {
   head=$(first_process "$unshare")
   echo "$head $(readlink "/proc/$head/ns/pid")" >"$dir/pids/head"
   for _ in {1..600}; do
-    kill -0 "$unshare" 2>/dev/null || die "the head ended: $(cat "$dir/log/head.log")"
-    # not before: sinfo would wait for a second if slurmctld is not there
+    kill -0 "$unshare" 2>/dev/null || die "the head node exited: $(cat "$dir/log/head.log")"
+    # Check the pid file first: sinfo waits for a second if slurmctld is not running yet.
     if [ -e "$dir/pids/node$nodes" ] && [ "$("$self" exec sinfo -hN -p main -t idle | wc -l)" = "$nodes" ]; then return; fi
     sleep 0.05
   done
@@ -68,14 +72,14 @@ configure() {
   [ -n "${PROCTRACK:-}" ] || [ ! -w "$freezer/cgroup.procs" ] || track=cgroup
   mkdir -p "$dir"/{log,pids,state,spool,munge,dev,cgroup/freezer}
   mungekey --create --keyfile="$dir/munge/key"
-  for gpu in 0 1; do # other names of /dev/null, which Slurm hands out by CUDA_VISIBLE_DEVICES
+  for gpu in 0 1; do # aliases of /dev/null, which Slurm assigns with CUDA_VISIBLE_DEVICES
     mknod "$dir/dev/gpu$gpu" c 1 3
   done
   echo "Name=gpu File=$dir/dev/gpu[0-1]" >"$dir/gres.conf"
   printf '%s\n' CgroupPlugin=cgroup/v1 "CgroupMountpoint=$dir/cgroup" >"$dir/cgroup.conf"
   {
     printf '%s\n' "127.0.0.1 localhost" "10.77.0.1 head"
-    for ((node = 1; node <= $1; node++)); do # twice: torch asks by IPv6 who has called
+    for ((node = 1; node <= $1; node++)); do # also as IPv6, because torch looks up the peer's name that way
       printf '%s\n' "10.77.0.$((10 + node)) node$node" "::ffff:10.77.0.$((10 + node)) node$node"
     done
   } >"$dir/hosts"
@@ -90,16 +94,16 @@ SlurmctldPidFile=$dir/pids/slurmctld
 SlurmdPidFile=$dir/pids/slurmd-%n
 SlurmctldLogFile=$dir/log/slurmctld.log
 SlurmdLogFile=$dir/log/slurmd-%n.log
-# cgroup: a signal reaches Slurm's own tasks, as on real clusters; linuxproc: also what they have started
+# cgroup: a signal reaches only Slurm's own tasks, as on real clusters; linuxproc: also their child processes
 ProctrackType=proctrack/$track
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-# the nodes are larger than this machine
+# the configured nodes are larger than this machine
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,sched_min_interval=50000,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-# a crashed node comes back by itself, one that was set down does not
+# a crashed node returns to service automatically; one that was set down does not
 ReturnToService=1
 SlurmdTimeout=15
 KillWait=10
@@ -112,7 +116,7 @@ PartitionName=urgent Nodes=ALL PriorityTier=10
 EOT
 }
 
-# first_process PID: the child of an unshare, which is process 1 of a new host.
+# first_process PID: print the pid of the child of `unshare`, which is process 1 of a new host.
 first_process() {
   until pgrep -P "$1"; do
     kill -0 "$1" 2>/dev/null || die "a new host did not start: see $dir/log"
@@ -139,13 +143,13 @@ run_head() {
   reap
 }
 
-# boot NODE, on the head.
+# boot NODE: start a node; runs on the head.
 boot() {
   local number=${1#node} node
   "${new_host[@]}" "$self" _node "$1" </dev/null >>"$dir/log/$1.log" 2>&1 &
   node=$(first_process $!)
   echo "$node" >"$dir/pids/$1"
-  ip link delete "v$number" 2>/dev/null || true # of a crashed node, not yet gone
+  ip link delete "v$number" 2>/dev/null || true # left by a crashed node
   ip link add "v$number" type veth peer name eth0 netns "$node"
   ip link set "v$number" master br0 up
 }
@@ -161,13 +165,13 @@ run_node() {
   reap
 }
 
-# reap: what process 1 has to do.
+# reap: act as process 1, which must reap orphaned processes.
 reap() {
   sleep infinity &
   wait
 }
 
-# enter PID COMMAND...: run it where that process is, in the same folder.
+# enter PID COMMAND...: run a command in the namespaces of a process, in the current folder.
 enter() {
   exec nsenter --target="$1" --mount --uts --net --pid env --chdir="$PWD" "${@:2}"
 }
@@ -181,7 +185,7 @@ on_head() {
 down() {
   local head namespace
   read -r head namespace 2>/dev/null <"$dir/pids/head" || return 0
-  if [ "$(readlink "/proc/$head/ns/pid")" = "$namespace" ]; then # it may have ended, and another have got its number
+  if [ "$(readlink "/proc/$head/ns/pid")" = "$namespace" ]; then # the pid may have been reused
     kill -KILL "$head"
     while [ -e "/proc/$head" ]; do sleep 0.02; done
   fi

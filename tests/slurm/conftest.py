@@ -1,4 +1,4 @@
-"""Tests on a real Slurm cluster. All of this folder are marked slurm and slow."""
+"""Fixtures for tests on a real Slurm cluster. All tests of this folder are marked slurm and slow."""
 
 import tempfile
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 from slurm_cluster import Cluster, why_not
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
+@pytest.hookimpl(tryfirst=True)  # before -m selects tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
@@ -18,10 +18,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A new one for each test, which is up within half a second; what a test leaves there ends with it."""
+    """A new cluster for each test. It starts within half a second, and everything on it ends with the test."""
     if reason := why_not():
         pytest.skip(reason)
-    # not tmp_path, which is too long for the path of a socket
+    # tmp_path is too long for the path of a socket
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         cluster = Cluster(Path(folder))
         try:

@@ -1,4 +1,4 @@
-"""A real Slurm cluster of three nodes, started by cluster.sh, as tests see it."""
+"""Control of a real Slurm cluster of three nodes, which cluster.sh starts."""
 
 import os
 import re
@@ -14,15 +14,15 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY"}
 
 
 def why_not() -> str | None:
-    """Why this machine can hold no cluster, if so."""
+    """Return the reason why this machine cannot run a cluster, or None if it can."""
     done = subprocess.run([SCRIPT, "check"], capture_output=True, text=True)
     return done.stderr.strip().removeprefix("error: ") if done.returncode else None
 
 
 class Cluster:
-    """node1, node2 and node3, idle at first, and a head to submit from. `folder` has its configuration and logs.
+    """A cluster of node1, node2 and node3, and a head node to submit from. `folder` has its configuration and logs.
 
-    Commands, and so jobs, find the programs of this Python's environment first.
+    Commands and jobs have the programs of this Python's environment first on PATH.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,11 +32,11 @@ class Cluster:
         self._script("up")
 
     def down(self) -> None:
-        """End it, with whatever runs there."""
+        """Shut the cluster down, with everything that runs on it."""
         self._script("down")
 
     def run(self, *command: str, **options: Any) -> "subprocess.CompletedProcess[str]":
-        """A command on the head. Options: cwd, env (added to the environment), timeout in seconds, and check."""
+        """Run a command on the head node. Options: cwd, env (added to the environment), timeout in seconds, check."""
         return self._script("exec", *command, **options)
 
     def on(self, node: str, *command: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
@@ -50,21 +50,21 @@ class Cluster:
         self._script("boot", node)
 
     def nodes(self) -> dict[str, str]:
-        """State of each node, as sinfo has it: idle, mixed, allocated, down*, ..."""
+        """The state of each node, as sinfo prints it: idle, mixed, allocated, down*, ..."""
         listing = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T").stdout
         return dict(line.split() for line in listing.splitlines())
 
     def sbatch(self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> str:
-        """Submit; the id of the job, or of the array of jobs."""
+        """Submit a job or an array, and return its id."""
         return self.run("sbatch", "--parsable", *arguments, cwd=cwd, env=env).stdout.strip()
 
     def tasks(self, job: str) -> list[dict[str, str]]:
-        """What `scontrol show job` says of each task of an array; those that wait are one."""
+        """The fields of `scontrol show job` for each task of an array. Pending tasks share one entry."""
         lines = self.run("scontrol", "--oneliner", "show", "job", job).stdout.splitlines()
         return [dict(re.findall(r"(\S+?)=(.*?)(?=\s+[\w:/]+=|\s*$)", line)) for line in lines]
 
     def show(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says of one job, or of one task of an array (12_3)."""
+        """The fields of `scontrol show job` for one job, or for one task of an array (12_3)."""
         (fields,) = self.tasks(job)
         return fields
 
@@ -72,20 +72,20 @@ class Cluster:
         return self.show(job)["JobState"]
 
     def restarts(self, job: str) -> int:
-        """How often it was requeued."""
+        """The number of times that the job was requeued."""
         return int(self.show(job)["Restarts"])
 
     def log(self, job: str) -> str:
-        """What it has printed so far; an array's tasks one after another."""
+        """The output of the job so far; for an array, of one task after another."""
         paths = dict.fromkeys(Path(task["StdOut"]) for task in self.tasks(job))
         return "".join(path.read_text() for path in paths if path.exists())
 
     def cancel(self, job: str, *options: str) -> None:
-        """scancel; with `--signal=...` only that is sent."""
+        """Run scancel. With `--signal=...`, it only sends that signal."""
         self.run("scancel", *options, job)
 
     def wait_for(self, job: str, *states: str, timeout: float = 60) -> None:
-        """Wait until the job, or each task of the array, is in one of the states; fail at once if it has ended in another."""
+        """Wait until the job, or each task of the array, is in one of the states; fail if it ends in another state."""
         seen: set[str] = set()
 
         def settled() -> bool:
@@ -103,14 +103,14 @@ class Cluster:
         )
 
     def wait_until(self, condition: Callable[[], object], timeout: float = 60, *jobs: str) -> None:
-        """Wait until the condition holds; if it does not, fail with a report of the jobs."""
+        """Wait until the condition holds. On a timeout, fail with a report of the jobs."""
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, f"not within {timeout} s\n{self.report(*jobs)}"
             time.sleep(0.2)
 
     def report(self, *jobs: str) -> str:
-        """What one needs to know after a failure."""
+        """The state and logs of the cluster and of the jobs, for the message of a failed test."""
         parts = [self._script("status", check=False).stdout]
         for job in jobs:
             parts += [f"{task['JobId']}: {task['JobState']}, {task['Reason']}" for task in self.tasks(job)]

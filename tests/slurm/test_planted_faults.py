@@ -1,4 +1,4 @@
-"""The preflight finds what is planted in machines with networks, names and mounts of their own, and else nothing."""
+"""The preflight finds faults that are planted in the nodes of a test cluster, and reports nothing on healthy nodes."""
 
 import json
 import re
@@ -23,7 +23,7 @@ SIZES = ("train.global_batch_size=96", "train.micro_batch_size=8")
 
 
 class Machines:
-    """A copy of the checkout, and machines on which the preflight is started by hand, as launch/README.md says."""
+    """A copy of the checkout, and nodes on which tests plant faults and start the preflight by hand."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster = cluster
@@ -36,7 +36,7 @@ class Machines:
     def preflight(
         self, *nodes: str, arguments: tuple[str, ...] = (), ranks: int = 1, options: str = "", **before: str
     ) -> str:
-        """Start it on the nodes, with shell commands before it on some; all that it printed there."""
+        """Run the preflight on the nodes, after the shell commands in `before` (by node), and return all output."""
         json_file = self.copy / "preflight.json"
         json_file.unlink(missing_ok=True)
         line = shlex.join([*TINY, *SIZES, "--json", "preflight.json", *arguments])
@@ -53,7 +53,7 @@ class Machines:
         return said
 
     def verdicts(self, check: str) -> dict[str, str]:
-        """By host: the worst of its ranks."""
+        """The worst verdict of each host's ranks."""
         found: dict[str, str] = {}
         for rank in self.result["ranks"]:
             for outcome in rank["outcomes"]:
@@ -62,7 +62,7 @@ class Machines:
         return found
 
     def failing(self) -> set[tuple[str, str]]:
-        """(check, host) of what failed."""
+        """(check, host) of each failed check."""
         ranks = self.result["ranks"]
         return {
             (each["check"], rank["host"]) for rank in ranks for each in rank["outcomes"] if each["verdict"] == "FAIL"
@@ -93,12 +93,12 @@ def test_a_healthy_cluster_passes_on_slurm(cluster: Cluster, tmp_path: Path) -> 
     assert len(result["links"]) == 3
     assert {row["bytes"] for row in result["all_reduce"]} == {2**10, 2**16, 2**20, 2**24}
     assert re.search(r"rank host\s+arrival +host\s+device .*\n.*0 node\d +ok +ok", log)
-    assert not list(copy.glob("runs")), "what was written to run_dir is gone"
+    assert not list(copy.glob("runs")), "the preflight removes what it wrote to run_dir"
     assert not list(copy.glob(".preflight-*"))
 
 
-def test_all_that_is_wrong_is_found_at_once(machines: Machines) -> None:
-    """Four faults on three machines: a slow link, another version, a folder that is not shared, a flipped byte."""
+def test_all_faults_are_found_in_one_preflight(machines: Machines) -> None:
+    """Four faults on three nodes: a slow link, other project files, a folder that is not shared, a flipped byte."""
     copy = machines.copy
     data = copy / "data" / "cifar-10-batches-py"
     data.mkdir(parents=True)
@@ -109,7 +109,7 @@ def test_all_that_is_wrong_is_found_at_once(machines: Machines) -> None:
     quoted = {name: shlex.quote(str(path)) for name, path in paths.items()}
     machines.plant(
         "node2", "tc qdisc add dev eth0 root tbf rate 40mbit burst 32kbit latency 400ms"
-    )  # netem is in few kernels
+    )  # few kernels have netem
     machines.plant(
         "node3",
         f"cp -r {quoted['copy']}/ddp_cifar {quoted['other']}; echo '# edited' >> {quoted['other']}/train.py; "
@@ -130,13 +130,13 @@ def test_all_that_is_wrong_is_found_at_once(machines: Machines) -> None:
     assert not machines.result["ok"]
     assert re.search(r"FAIL links, rank \d \(node2\): slow links: .*\(all of node2's\)\. To do: expected", said)
     assert re.search(r"FAIL versions, rank \d \(node3\): node3 has project", said)
-    assert re.search(r"FAIL same data, rank \d \(node2\): the files of data.root=data on node2 are not those", said)
-    assert "is not the folder that it is on" in said or "is not seen on" in said
-    assert re.search(r"error: the preflight failed: .* \(and \d more, above\)", said)
+    assert re.search(r"FAIL same data, rank \d \(node2\): the files of data.root=data on node2 differ from", said)
+    assert "is not the same folder as on" in said or "are not visible on" in said
+    assert re.search(r"error: the preflight failed: .* \(and \d more above\)", said)
 
 
-def test_a_name_that_leads_to_loopback_is_found(machines: Machines) -> None:
-    """As Debian's installer writes it, 127.0.1.1."""
+def test_a_host_name_that_resolves_to_loopback_is_found(machines: Machines) -> None:
+    """127.0.1.1, as Debian's installer writes it to /etc/hosts."""
     machines.plant(
         "node2", "sed s/10.77.0.12/127.0.1.1/ /etc/hosts > hosts-of-node2; mount --bind hosts-of-node2 /etc/hosts"
     )
@@ -145,7 +145,8 @@ def test_a_name_that_leads_to_loopback_is_found(machines: Machines) -> None:
     assert ("host", "node1") not in machines.failing()
     assert "FAIL host, rank" in said
     assert (
-        "the host name node2 leads to 127.0.1.1, by which other nodes would reach themselves. To do: mend it in" in said
+        "the host name node2 resolves to 127.0.1.1, a loopback address that other nodes cannot use. To do: fix it in"
+        in said
     )
     assert "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, one of eth0" in said
     said = machines.preflight(
@@ -154,32 +155,32 @@ def test_a_name_that_leads_to_loopback_is_found(machines: Machines) -> None:
     assert machines.result["ok"], said
 
 
-def test_a_name_that_leads_nowhere_is_found(machines: Machines) -> None:
+def test_a_host_name_that_does_not_resolve_is_found(machines: Machines) -> None:
     machines.plant("node2", "hostname nowhere")
     said = machines.preflight("node1", "node2")
-    assert "error: this node's own name, nowhere, leads to no address, by which the other nodes would reach it" in said
+    assert "error: the host name of this node, nowhere, does not resolve, so other nodes cannot reach it" in said
     assert machines.result["missing"] == ["1 of 2 nodes (found: node1)"], said
     said = machines.preflight("node1", "node2", options="HEAD=head-of-all:29500 MIN_NODES=2")
-    assert "error: node1 finds no address for head-of-all, where the nodes are to meet" in said
+    assert "error: node1 cannot resolve the rendezvous host head-of-all: fix HEAD=head-of-all:29500" in said
 
 
-def test_a_link_that_drops_all_is_found(machines: Machines) -> None:
-    """node2 and node3 reach node1, but not each other: what they send is swallowed."""
+def test_a_link_that_drops_all_packets_is_found(machines: Machines) -> None:
+    """node2 and node3 reach node1, but the packets between them are dropped."""
     for node, other in (("node2", 13), ("node3", 12)):
         machines.plant(node, f"ip neigh replace 10.77.0.{other} lladdr 02:00:00:00:00:01 dev eth0 nud permanent")
     said = machines.preflight("node1", "node2", "node3", arguments=("--patience=12",))
     failing = machines.failing()
     assert ("group", "node2") in failing or ("group", "node3") in failing, said
-    assert "the ranks do not reach each other's addresses" in said
+    assert "the ranks cannot reach each other's addresses" in said
 
 
-def test_a_node_that_does_not_come_and_a_rank_that_does_not_start_are_named(machines: Machines) -> None:
+def test_a_missing_node_and_a_rank_that_does_not_start_are_named(machines: Machines) -> None:
     said = machines.preflight(
         "node1", "node2", options="NNODES=3", arguments=("--hosts=node1,node2,node3", "--patience=8")
     )
     assert ("arrival", "node1") in machines.failing(), said
-    assert machines.result["missing"] == ["the node node3"]
-    assert "not there: the node node3" in said
+    assert machines.result["missing"] == ["node node3"]
+    assert "missing: node node3" in said
 
     (machines.copy / "late").mkdir()
     (machines.copy / "late" / "sitecustomize.py").write_text(
@@ -192,8 +193,8 @@ def test_a_node_that_does_not_come_and_a_rank_that_does_not_start_are_named(mach
     assert re.fullmatch(r"rank \d on node2", missing), said
 
 
-def test_a_rank_that_is_killed_or_stopped_in_the_middle_is_named(machines: Machines) -> None:
-    """The other node says so, and does not wait for long."""
+def test_a_rank_that_is_killed_or_stopped_during_a_check_is_named(machines: Machines) -> None:
+    """The other node reports it, within a limited time."""
     (machines.copy / "faults").mkdir()
     for signal in ("SIGKILL", "SIGSTOP"):
         (machines.copy / "faults" / "sitecustomize.py").write_text(
@@ -212,12 +213,13 @@ def test_a_rank_that_is_killed_or_stopped_in_the_middle_is_named(machines: Machi
         said = machines.preflight("node1", "node2", arguments=("--patience=12",), node1=fault, node2=fault)
         assert [rank["outcomes"][0]["check"] for rank in machines.result["ranks"]] == ["arrival", "collectives"], said
         assert re.search(
-            r"error: the preflight failed: collectives, rank 1 \(node\d\): it fell silent in the check", said
+            r"error: the preflight failed: collectives, rank 1 \(node\d\): the rank stopped responding during the check",
+            said,
         ), said
         assert time.monotonic() - began < 75
 
 
-def test_the_nodes_meet_at_an_address_without_a_name(machines: Machines) -> None:
+def test_the_rendezvous_address_needs_no_host_name(machines: Machines) -> None:
     machines.plant("node2", "sed /10.77.0.11/d /etc/hosts > hosts-of-node2; mount --bind hosts-of-node2 /etc/hosts")
     own = {f"node{i}": f"export LOCAL_ADDR=10.77.0.1{i};" for i in (1, 2)}
     said = machines.preflight("node1", "node2", options="HEAD=10.77.0.11:29500", **own)
@@ -230,7 +232,7 @@ def test_a_full_disk_and_too_few_cores_are_found(machines: Machines) -> None:
     machines.plant("node1", f"mkdir -p {runs}; mount -t tmpfs -o size=50m none {runs}")
     said = machines.preflight("node1", ranks=2, node1="taskset -c 0 env OMP_NUM_THREADS=1")
     assert {check for check, _ in machines.failing()} == {"disk", "cores"}, said
-    assert "1 cores for 2 ranks x 1 threads. To do: give the job more cores" in said
+    assert "1 cores for 2 ranks x 1 threads. To do: request more cores" in said
     assert re.search(
         r"FAIL disk, rank 0 \(node1\): 52\.4 MB free for run_dir, 28\d\.\d MB needed for 4 checkpoints", said
     )

@@ -1,4 +1,4 @@
-"""launch/ssh.sh over real sshd in machines of their own, with host keys and a user key that are made for the test."""
+"""launch/ssh.sh with a real sshd on each node of the test cluster, and with keys that are generated for the test."""
 
 import json
 import os
@@ -17,7 +17,7 @@ LONG = ("train.epochs=400",)
 
 
 class Hosts:
-    """node1, node2 and node3 with an sshd each, and a copy of the checkout that all of them see."""
+    """node1, node2 and node3 with an sshd each, and a copy of the checkout in a shared folder."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster, self.folder, self.copy = cluster, folder, copy_checkout(folder)
@@ -56,12 +56,12 @@ class Hosts:
         return ["launch/ssh.sh", "hosts", *ARGUMENTS, *arguments]
 
     def run(self, hosts: str, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-        """launch/ssh.sh on the cluster's head, to its end."""
+        """Run launch/ssh.sh on the head node until it exits."""
         env = self.environment | environment
         return self.cluster.run(*self.command(hosts, *arguments), cwd=self.copy, env=env, timeout=120, check=False)
 
     def start(self, hosts: str, *arguments: str) -> "subprocess.Popen[str]":
-        """The same under way: it has saved a checkpoint."""
+        """Start launch/ssh.sh on the head node, and wait until the run has saved a checkpoint."""
         script = Path(__file__).parent / "cluster.sh"
         process = subprocess.Popen(
             [script, "exec", "bash", "-c", 'echo $$ > pid; exec "$@"', "-", *self.command(hosts, *arguments)],
@@ -88,11 +88,11 @@ class Hosts:
         return (self.copy / "run" / "status").read_text().strip()
 
     def signal(self, name: str) -> None:
-        """To launch/ssh.sh."""
+        """Send a signal to launch/ssh.sh."""
         self.cluster.run("kill", f"-{name}", (self.copy / "pid").read_text().strip())
 
     def left(self) -> dict[str, str]:
-        """What still runs of it on each host."""
+        """The processes of the run that are still alive, by host."""
         find = "pgrep -fa '[d]dp_cifar|[t]orchrun|[n]ode.sh|[r]emote.sh' || true"
         return {node: said for node in ("node1", "node2") if (said := self.cluster.on(node, "bash", "-c", find).stdout)}
 
@@ -107,16 +107,16 @@ def hosts(cluster: Cluster, tmp_path: Path) -> Hosts:
     return Hosts(cluster, tmp_path)
 
 
-TWO = "# the first is where they meet\nnode1\n  root@node2   # with its user\n"
+TWO = "# the rendezvous is on the first host\nnode1\n  root@node2   # with its user\n"
 
 
-def test_a_run_over_two_hosts(hosts: Hosts) -> None:
-    """On one of which the user's login shell is no bash."""
+def test_a_run_on_two_hosts_finishes(hosts: Hosts) -> None:
+    """The user's login shell on node2 is dash."""
     shell = f"sed -E '/^root:/s|[^:]*$|/bin/dash|' /etc/passwd > {shlex.quote(str(hosts.copy))}/passwd"
     hosts.cluster.on("node2", "bash", "-ec", f"{shell}; mount --bind {shlex.quote(str(hosts.copy))}/passwd /etc/passwd")
     done = hosts.run(TWO, *SHORT, "run_dir=it's a run")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 (2 nodes x 2)" in done.stdout, "the look at the run"
+    assert "4 (2 nodes x 2)" in done.stdout, "the dry run"
     assert "[node1] [rank 0] " in done.stdout or "[root@node2] [rank 0] " in done.stdout
     assert (hosts.copy / "it's a run" / "status").read_text() == "finished\n"
     assert hosts.none_left(10), hosts.left()
@@ -131,35 +131,33 @@ def test_each_host_that_is_not_ready_is_named(hosts: Hosts) -> None:
     done = hosts.run(f"{TWO}node3\n", "run_dir=run", "train.global_batch_size=48")
     assert done.returncode == 2
     assert "error: node3 cannot be reached by ssh (" in done.stderr
-    assert (
-        done.stderr.splitlines()[-1] == "error: 1 of 3 hosts are not ready, for the reasons above; nothing was started"
-    )
+    assert done.stderr.splitlines()[-1] == "error: 1 of 3 hosts are not ready (see above); nothing was started"
 
     setup = f"{hosts.environment['SETUP']}; [ $(hostname) != node2 ] || PATH=/usr/bin:/bin"
     done = hosts.run(TWO, "run_dir=run", SETUP=setup)
     assert done.returncode == 2
-    assert "error: root@node2: torchrun is not on PATH: set SETUP, or make install there" in done.stderr
+    assert "error: root@node2: torchrun is not on PATH: set SETUP, or run make install on that host" in done.stderr
 
     copy = shlex.quote(str(hosts.copy))
     edit = f"cd {copy}; cp ddp_cifar/train.py other; echo '# edited' >> other; mount --bind other ddp_cifar/train.py"
     hosts.cluster.on("node2", "bash", "-c", edit)
     done = hosts.run(TWO, "run_dir=run")
     assert done.returncode == 2
-    assert "error: root@node2 has other files in" in done.stderr
-    assert "bring both to the same commit" in done.stderr
+    assert " differs between root@node2 (" in done.stderr
+    assert "check out the same commit on both" in done.stderr
 
     done = hosts.run("node1\n", "run_dir=run", "optim.lrr=1")
     assert done.returncode == 2
     assert "error: node1: " in done.stderr
     assert "did you mean optim.lr?" in done.stderr
     assert not (hosts.copy / "run").exists()
-    mistakes = {
-        "# none\n": "names no host",
-        "node1\nnode1\n": "names node1 twice",
+    invalid_files = {
+        "# none\n": "lists no hosts",
+        "node1\nnode1\n": "lists node1 twice",
         "a slots=2\n": "the line 'a slots=2'",
     }
-    for wrong, message in mistakes.items():
-        assert message in hosts.run(wrong).stderr
+    for content, message in invalid_files.items():
+        assert message in hosts.run(content).stderr
 
 
 @pytest.mark.parametrize("name", ["INT", "KILL"])
@@ -172,7 +170,7 @@ def test_ctrl_c_and_a_lost_client_leave_no_process_behind(hosts: Hosts, name: st
     assert hosts.status.startswith("stopped: SIGINT" if name == "INT" else "stopped: SIGTERM"), hosts.said
 
 
-def test_a_lost_connection_ends_all(hosts: Hosts) -> None:
+def test_a_lost_connection_shuts_down_all_hosts(hosts: Hosts) -> None:
     process = hosts.start(TWO, *LONG, "run_dir=run")
     hosts.cluster.on("node2", "ip", "link", "set", "eth0", "down")
     assert process.wait(120) != 0
@@ -180,11 +178,11 @@ def test_a_lost_connection_ends_all(hosts: Hosts) -> None:
     assert hosts.none_left(100), hosts.left()
 
 
-def test_a_killed_rank_ends_all_and_is_the_last_line(hosts: Hosts) -> None:
+def test_a_killed_rank_shuts_down_all_hosts_and_is_reported_last(hosts: Hosts) -> None:
     process = hosts.start(TWO, *LONG, "run_dir=run")
-    sign = json.loads((hosts.copy / "run" / "heartbeats" / "rank_3").read_text())
-    hosts.cluster.on(sign["host"], "kill", "-9", str(sign["pid"]))
+    heartbeat = json.loads((hosts.copy / "run" / "heartbeats" / "rank_3").read_text())
+    hosts.cluster.on(heartbeat["host"], "kill", "-9", str(heartbeat["pid"]))
     assert process.wait(90) == 1, hosts.said
     last = hosts.said.splitlines()[-1]
-    assert "error: a process ended without a word" in last or "another rank is gone" in last
+    assert "error: a process exited without an error message" in last or "a peer rank exited" in last
     assert hosts.none_left(30), hosts.left()

@@ -1,6 +1,6 @@
-"""The shipped scripts, unedited, on a real Slurm: 2 nodes x 2 ranks through all that a cluster does to a job.
+"""The shipped scripts, unedited, on a real Slurm: 2 nodes x 2 ranks through time limits, preemption, crashes and lost nodes.
 
-What a run comes to after it is compared with a run of as many ranks on one machine that nothing was done to.
+The result of each run is compared with an uninterrupted run of as many ranks on one machine.
 """
 
 import fcntl
@@ -14,45 +14,45 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from documented import command_of, commands_of, copy_checkout
+from documented import command_of, copy_checkout, named_commands
 from launched import ARGUMENTS, CHECKOUT, SHORT, Result, Run, processes, send
 from slurm_cluster import Cluster
 
-from ddp_cifar.checkpoint import load_checkpoint
+from ddp_cifar.run.checkpoint_file import load_checkpoint
 
 TRAIN = str(CHECKOUT / "slurm" / "train.sh")
 TWO_NODES = ("--nodes=2", "--gpus-per-node=2")
 REPRODUCIBLE = ("train.reproducible=true",)
-README = commands_of(
+README = named_commands(
     "slurm/README.md",
-    plain="^sbatch slurm/train.sh",
+    plain="^sbatch slurm/train.sh$",
     two_nodes="^sbatch --nodes=2 .* slurm/train.sh",
-    by_hand="^slurm/train.sh",
+    by_hand="^slurm/train.sh --nodes",
     array="--array=1-3",
-    sweep="^slurm/sweep.sh",
+    sweep="^slurm/sweep.sh ",
     salloc="salloc",
-    chain="^slurm/chain.sh",
+    chain="^slurm/chain.sh 8",
     preflight="slurm/preflight.sh",
     evaluate="slurm/evaluate.sh",
 )
-"""Its commands, which tests run from a copy of the checkout, with the arguments of a short run behind them."""
+"""The commands of slurm/README.md. Tests run them in a copy of the checkout, with the arguments of a short run appended."""
 
 
 def submit(cluster: Cluster, checkout: Path, command: str, *arguments: str) -> list[str]:
-    """A command of the README, and more arguments; the jobs that it has submitted."""
+    """Run a command of the README with more arguments, and return the ids of the jobs that it submitted."""
     line = f"{command} {shlex.join(arguments)}"
     said = cluster.run("bash", "-c", line, cwd=checkout, timeout=90).stdout
     return re.findall(r"^Submitted batch job (\d+)$", said, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
-    """What a run on four ranks comes to, by its arguments."""
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
+    """The result of an uninterrupted run on four ranks, by its arguments."""
     results: dict[tuple[str, ...], Result] = {}
 
     def of(*arguments: str) -> Result:
         if arguments not in results:
-            run = Run(tmp_path_factory.mktemp("unbroken") / "run")
+            run = Run(tmp_path_factory.mktemp("uninterrupted") / "run")
             results[arguments] = run.finish(*arguments, ranks=4)
         return results[arguments]
 
@@ -60,7 +60,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
 
 
 class Job:
-    """A job in `folder`, by the shipped script, and its run in run_dir=run."""
+    """A job of slurm/train.sh, submitted in `folder`, and its run in run_dir=run."""
 
     def __init__(self, cluster: Cluster, folder: Path, *options: str, arguments: tuple[str, ...] = SHORT) -> None:
         self.cluster = cluster
@@ -77,7 +77,7 @@ class Job:
         return (self.run_dir / "status").read_text().strip()
 
     def is_under_way(self) -> bool:
-        """It has saved a checkpoint."""
+        """True if the run has saved a checkpoint."""
         return any(self.run_dir.glob("checkpoints/step_*.pt"))
 
     def wait_under_way(self) -> None:
@@ -90,29 +90,29 @@ class Job:
         self.cluster.wait_for(self.id, state, timeout=200)
 
     def finish(self) -> Result:
-        """Wait until it is done, and look at what is done at every end."""
+        """Wait until the run has finished, check what must hold at every end, and return its result."""
         self.wait_for("COMPLETED")
         assert self.status == "finished"
-        assert self.log.rstrip().endswith(f"job {self.id}: the run: finished"), self.log
+        assert self.log.rstrip().endswith(f"job {self.id}: the run finished"), self.log
         assert not list(self.run_dir.glob("logs/start-*"))
         return Result.of(self.run_dir)
 
     def starts(self) -> list[int]:
-        """The step that each start went on from."""
+        """The step that each start resumed from."""
         return [json.loads(line)["step"] for line in (self.run_dir / "starts.jsonl").read_text().splitlines()]
 
 
-def assert_gone_on(job: Job, expected: Result) -> None:
-    """It was requeued once, and went on from a checkpoint to what an unbroken run comes to, in one log."""
+def assert_resumed(job: Job, expected: Result) -> None:
+    """Assert that the job was requeued once, resumed from a checkpoint, and has the expected result and one log."""
     assert job.finish() == expected
     assert job.cluster.restarts(job.id) == 1
     first, second = job.starts()
     assert first == 0 < second
-    assert re.findall(r"start (\d), which can be requeued (\d+) times", job.log) == [("1", "20"), ("2", "19")]
+    assert re.findall(r"start (\d), (\d+) requeues left", job.log) == [("1", "20"), ("2", "19")]
 
 
-def test_a_job_finishes_with_its_arguments_as_they_were(
-    cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result]
+def test_a_job_finishes_with_its_arguments_unchanged(
+    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result]
 ) -> None:
     folder = tmp_path / "a folder"
     folder.mkdir()
@@ -120,76 +120,71 @@ def test_a_job_finishes_with_its_arguments_as_they_were(
     job = cluster.sbatch(*TWO_NODES, "--cpus-per-task=3", TRAIN, *ARGUMENTS, *SHORT, f"run_dir={run_dir}", cwd=folder)
     cluster.wait_for(job, "COMPLETED", timeout=120)
     log = cluster.log(job)
-    assert (
-        f"job {job}, start 1, which can be requeued 20 times. Nodes: 2 (node[1-2]), which meet at node1:2000{job}"
-        in log
-    )
-    assert "; ranks on each: 2; cores: 3." in log
-    assert f"run_dir: {run_dir}. To follow: tail -f {folder}/slurm-{job}.out. To stop: touch {run_dir}/STOP" in log
-    assert "32 images a step = 4 ranks x 8 images" in log
+    assert f"job {job}: start 1, 20 requeues left\n" in log
+    assert f"nodes: 2 (node[1-2]), rendezvous at node1:2000{job}; per node: 2 ranks, 3 cores\n" in log
+    assert f"run_dir: {run_dir}\nto follow: tail -f {folder}/slurm-{job}.out\nto stop: touch {run_dir}/STOP" in log
+    assert "32 images per step = 4 ranks x 1 micro-batch of 8 images" in log
     assert re.search(r"^[01]: \[rank 0\] .*finished: epoch 3", log, re.MULTILINE)
     assert "warning" not in log
-    assert Result.of(folder / run_dir) == unbroken(*SHORT)
+    assert Result.of(folder / run_dir) == uninterrupted(*SHORT)
     assert {path.name for path in (folder / run_dir / "logs").iterdir()} == {f"rank_{i}.log" for i in range(4)}
     cluster.wait_idle()
 
 
-def test_before_the_time_limit_it_saves_and_is_requeued(
-    cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result]
+def test_a_job_is_saved_and_requeued_before_the_time_limit(
+    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result]
 ) -> None:
     job = Job(cluster, tmp_path, *TWO_NODES, "--time=1:00", "--signal=B:USR1@30")
     job.wait_under_way()
     ranks = processes(job.run_dir)["ranks"]
     assert len(ranks) == 4
-    send(ranks, signal.SIGSTOP)  # or a fast machine would be done before the clock strikes
+    send(ranks, signal.SIGSTOP)  # otherwise a fast machine would finish before the time limit
     cluster.wait_until(lambda: job.cluster.show(job.id)["RunTime"] >= "00:00:32", 60, job.id)
     send(ranks, signal.SIGCONT)
     job.wait_requeued()
-    cluster.run("scontrol", "update", f"jobid={job.id}", "timelimit=10")  # or it may strike again
-    assert re.search(
-        rf"^job {job.id}: the run was stopped: SIGUSR1 \(rank \d\); it is requeued$", job.log, re.MULTILINE
-    )
-    assert_gone_on(job, unbroken(*SHORT))
+    cluster.run("scontrol", "update", f"jobid={job.id}", "timelimit=10")  # otherwise the second start may reach it too
+    assert re.search(rf"^job {job.id}: the run stopped: SIGUSR1 \(rank \d\); requeuing the job$", job.log, re.MULTILINE)
+    assert_resumed(job, uninterrupted(*SHORT))
 
 
 @pytest.mark.parametrize("grace", ["10", "0"])
-def test_a_job_of_higher_priority_has_it_requeued(
-    cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result], grace: str
+def test_a_preempted_job_is_requeued(
+    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result], grace: str
 ) -> None:
-    """With a grace time Slurm signals the ranks alone, and leaves it to the script; without, the script too."""
+    """With a grace time Slurm signals only the ranks, and the script requeues the job. Without, it signals the script too."""
     cluster.run("scontrol", "update", "partitionname=main", f"gracetime={grace}")
     job = Job(cluster, tmp_path, *TWO_NODES)
     job.wait_under_way()
     other = cluster.sbatch("--partition=urgent", "--nodes=3", "--exclusive", "--wrap=srun sleep 1", cwd=tmp_path)
     cluster.wait_for(other, "COMPLETED", timeout=60)
-    assert_gone_on(job, unbroken(*SHORT))
+    assert_resumed(job, uninterrupted(*SHORT))
 
 
 @pytest.mark.parametrize("victim", ["node1", "node2"])
-def test_a_lost_node_has_it_requeued_on_the_spare_one(
-    cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result], victim: str
+def test_a_job_that_loses_a_node_is_requeued_on_the_spare_node(
+    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result], victim: str
 ) -> None:
-    """node1 is where the script and the rendezvous are."""
+    """The script and the rendezvous run on node1."""
     job = Job(cluster, tmp_path, *TWO_NODES)
     job.wait_under_way()
     cluster.crash(victim)
-    assert_gone_on(job, unbroken(*SHORT))
+    assert_resumed(job, uninterrupted(*SHORT))
     assert {"node1": "(node[2-3])", "node2": "(node[1,3])"}[victim] in job.log
     assert cluster.nodes()[victim].startswith("down")
 
 
-def test_a_signal_to_the_ranks_has_it_saved_and_requeued(
-    cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result]
+def test_a_job_is_saved_and_requeued_after_a_signal_to_its_ranks(
+    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result]
 ) -> None:
-    """Without `--batch`, which others of these tests send, it does not reach the script."""
+    """Without scancel's option `--batch`, which other tests use, the signal does not reach the script."""
     job = Job(cluster, tmp_path, *TWO_NODES)
     job.wait_under_way()
     cluster.cancel(job.id, "--signal=USR1")
-    assert_gone_on(job, unbroken(*SHORT))
-    assert "the run was stopped: SIGUSR1" in job.log
+    assert_resumed(job, uninterrupted(*SHORT))
+    assert "the run stopped: SIGUSR1" in job.log
 
 
-def test_the_file_stop_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_file_stop_ends_the_job_without_a_requeue(cluster: Cluster, tmp_path: Path) -> None:
     job = Job(cluster, tmp_path, *TWO_NODES)
     job.wait_under_way()
     (job.run_dir / "STOP").touch()
@@ -197,29 +192,31 @@ def test_the_file_stop_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
     assert job.status == "stopped: the file STOP (rank 0)"
     assert cluster.restarts(job.id) == 0
     last = job.log.splitlines()[-1]
-    assert last == f"job {job.id}: the run was {job.status}; sbatch with run_dir={job.run_dir} goes on"
+    assert last == f"job {job.id}: the run {job.status}; to resume, submit it again with run_dir={job.run_dir}"
 
 
-def test_a_cancelled_job_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_canceled_job_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
     job = Job(cluster, tmp_path, *TWO_NODES)
     job.wait_under_way()
     cluster.cancel(job.id)
     job.wait_for("CANCELLED")
     cluster.wait_idle()
     assert cluster.restarts(job.id) == 0
-    assert job.status.startswith("stopped: SIGTERM"), "it had the time to save"
+    assert job.status.startswith("stopped: SIGTERM"), "KillWait is long enough to save"
 
 
-def test_a_killed_rank_has_it_requeued(cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result]) -> None:
+def test_a_job_is_requeued_after_a_rank_is_killed(
+    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result]
+) -> None:
     job = Job(cluster, tmp_path, *TWO_NODES)
     job.wait_under_way()
-    sign = json.loads((job.run_dir / "heartbeats" / "rank_3").read_text())
-    cluster.on(sign["host"], "kill", "-9", str(sign["pid"]))
-    assert_gone_on(job, unbroken(*SHORT))
-    assert "the run has crashed (running); it is requeued" in job.log
+    heartbeat = json.loads((job.run_dir / "heartbeats" / "rank_3").read_text())
+    cluster.on(heartbeat["host"], "kill", "-9", str(heartbeat["pid"]))
+    assert_resumed(job, uninterrupted(*SHORT))
+    assert "the run crashed (status: running); requeuing the job" in job.log
 
 
-def test_a_typo_fails_at_once(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_typo_fails_the_job_immediately(cluster: Cluster, tmp_path: Path) -> None:
     begun = time.monotonic()
     job = Job(cluster, tmp_path, *TWO_NODES, arguments=("optim.lrr=1",))
     job.wait_for("FAILED")
@@ -229,7 +226,7 @@ def test_a_typo_fails_at_once(cluster: Cluster, tmp_path: Path) -> None:
     assert not job.run_dir.exists()
 
 
-def test_a_mistake_that_only_the_run_finds_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_user_error_that_the_dry_run_cannot_find_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -242,7 +239,7 @@ def test_a_mistake_that_only_the_run_finds_is_not_requeued(cluster: Cluster, tmp
     assert re.match(r"\[rank \d\] error: .*0\.png cannot be decoded", job.log.splitlines()[-1])
 
 
-def test_an_error_of_the_run_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_failed_run_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
     job = Job(cluster, tmp_path, "--nodes=1", "--gpus-per-node=2", arguments=("optim.lr=1e30", "optim.warmup_epochs=0"))
     job.wait_for("FAILED")
     assert cluster.show(job.id)["ExitCode"] == "1:0"
@@ -251,8 +248,8 @@ def test_an_error_of_the_run_is_not_requeued(cluster: Cluster, tmp_path: Path) -
     assert "] error: " in job.log.splitlines()[-1]
 
 
-def test_what_cannot_start_is_requeued_once(cluster: Cluster, tmp_path: Path) -> None:
-    """As after a node is lost whose lock the file server still has: here another process holds it, as if it were elsewhere."""
+def test_a_run_that_cannot_start_is_requeued_once(cluster: Cluster, tmp_path: Path) -> None:
+    """After a node is lost, the file server may keep its lock for a while. Here, another process holds the lock."""
     job = Job(cluster, tmp_path, "--nodes=1", arguments=("train.epochs=20",))
     job.wait_under_way()
     cluster.cancel(job.id, "--batch", "--signal=USR1")
@@ -264,11 +261,11 @@ def test_what_cannot_start_is_requeued_once(cluster: Cluster, tmp_path: Path) ->
         lock.flush()
         job.wait_for("FAILED")
     assert cluster.restarts(job.id) == 2
-    assert "the run never started; it is requeued" in job.log
+    assert "the run did not start; requeuing the job" in job.log
     assert "is in use by pid 1 on node1" in job.log.splitlines()[-1]
 
 
-def test_of_an_array_only_the_stopped_task_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
+def test_only_the_stopped_task_of_an_array_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
     copy = copy_checkout(tmp_path)
     line = (*ARGUMENTS, "train.epochs=1", "train.global_batch_size=16", "run_dir=run %a")
     (array,) = submit(cluster, copy, README["array"], *line)
@@ -283,8 +280,8 @@ def test_of_an_array_only_the_stopped_task_is_requeued(cluster: Cluster, tmp_pat
     assert sorted(path.name for path in copy.glob("slurm-*")) == [f"slurm-{array}_{task}.out" for task in (1, 2, 3)]
 
 
-def test_a_sweep_that_was_cancelled_goes_on_with_what_is_left(cluster: Cluster, tmp_path: Path) -> None:
-    """In its second run, while the first is finished and two have not begun."""
+def test_a_canceled_sweep_continues_with_the_unfinished_runs(cluster: Cluster, tmp_path: Path) -> None:
+    """The sweep is canceled in its second run, when the first is finished and two have not started."""
     copy = copy_checkout(tmp_path)
     line = (*ARGUMENTS, *SHORT, "run_dir=a sweep")
     names = [f"lr={lr},seed={seed}" for lr in ("5e-4", "1e-3") for seed in (0, 1)]
@@ -292,7 +289,7 @@ def test_a_sweep_that_was_cancelled_goes_on_with_what_is_left(cluster: Cluster, 
     (array,) = submit(cluster, copy, f"AT_ONCE=1 {README['sweep']}", *line)
     refused = cluster.run("bash", "-c", f"{README['sweep']} {shlex.join(line)}", cwd=copy, timeout=90, check=False)
     assert refused.returncode == 2
-    assert f"error: this sweep is in the queue already (job {array})" in refused.stderr
+    assert f"error: this sweep is already queued (job {array})" in refused.stderr
     cluster.wait_until(lambda: any(runs[1].glob("checkpoints/step_*.pt")), 120, array)
     cluster.cancel(array)
     cluster.wait_for(array, "COMPLETED", "CANCELLED", timeout=90)
@@ -300,7 +297,7 @@ def test_a_sweep_that_was_cancelled_goes_on_with_what_is_left(cluster: Cluster, 
     assert not runs[2].exists()
 
     said = cluster.run("bash", "-c", f"{README['sweep']} {shlex.join(line)}", cwd=copy, timeout=90).stdout
-    assert "3 of 4 runs" in said
+    assert "submitted 3 of 4 runs" in said
     (array,) = re.findall(r"^Submitted batch job (\d+)$", said, re.MULTILINE)
     cluster.wait_for(array, "COMPLETED", timeout=200)
     assert {(run / "status").read_text() for run in runs} == {"finished\n"}
@@ -320,10 +317,10 @@ def test_a_sweep_that_was_cancelled_goes_on_with_what_is_left(cluster: Cluster, 
     (runs_file,) = (copy / "a sweep").glob("runs-*.txt")
     beyond = cluster.sbatch("--array=5", TRAIN, f"@{runs_file}", cwd=tmp_path)
     cluster.wait_for(beyond, "FAILED")
-    assert "expected a file that has the arguments of task 5 in its line 5" in cluster.log(beyond)
+    assert "expected a file whose line 5 has the arguments of task 5" in cluster.log(beyond)
 
 
-def test_requeues_have_a_bound(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_requeues_is_limited(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAX_REQUEUES", "1")
     job = Job(cluster, tmp_path, *TWO_NODES, arguments=("train.epochs=40",))
     job.wait_under_way()
@@ -333,19 +330,22 @@ def test_requeues_have_a_bound(cluster: Cluster, tmp_path: Path, monkeypatch: py
     cluster.cancel(job.id, "--batch", "--signal=USR1")
     job.wait_for("FAILED")
     assert cluster.restarts(job.id) == 1
-    assert "and the job was requeued 1 times (MAX_REQUEUES): sbatch with run_dir=" in job.log.splitlines()[-1]
+    assert (
+        "and the job was already requeued 1 times (MAX_REQUEUES); to resume, submit it again with run_dir="
+        in job.log.splitlines()[-1]
+    )
     assert job.status.startswith("stopped: SIGUSR1")
 
 
-def test_three_nodes(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_run_on_three_nodes_finishes(cluster: Cluster, tmp_path: Path) -> None:
     job = Job(cluster, tmp_path, "--nodes=3", arguments=("train.epochs=1", "train.global_batch_size=24"))
     job.finish()
-    assert "24 images a step = 3 ranks x 8 images" in job.log
+    assert "24 images per step = 3 ranks x 1 micro-batch of 8 images" in job.log
     assert {path.name for path in job.run_dir.glob("logs/*")} == {f"rank_{i}.log" for i in range(3)}
 
 
-def test_a_node_lost_and_continued_on_half_the_ranks_by_hand_gives_the_same_bits(
-    cluster: Cluster, tmp_path: Path, unbroken: Callable[..., Result]
+def test_after_a_lost_node_a_resume_on_half_the_ranks_is_bitwise_identical(
+    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result]
 ) -> None:
     arguments = (*SHORT, *REPRODUCIBLE)
     job = Job(cluster, tmp_path, *TWO_NODES, "--no-requeue", arguments=arguments)
@@ -355,11 +355,11 @@ def test_a_node_lost_and_continued_on_half_the_ranks_by_hand_gives_the_same_bits
     half = Job(cluster, tmp_path, "--nodes=1", "--gpus-per-node=2", arguments=arguments)
     result = half.finish()
     assert half.starts()[1] > 0
-    assert "2 ranks x 8 images x 2 micro-batches" in half.log
-    assert result == unbroken(*arguments)
+    assert "2 ranks x 2 micro-batches of 8 images" in half.log
+    assert result == uninterrupted(*arguments)
 
 
-def test_the_script_of_a_copy_runs_that_copy_with_what_its_site_needs(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_scripts_of_a_copy_run_that_copy_with_its_site_settings(cluster: Cluster, tmp_path: Path) -> None:
     copy = copy_checkout(tmp_path)
     (copy / "slurm" / "site.sh").write_text("export NPROC_PER_NODE=2; echo 'the site was here'\n")
     with open(copy / "ddp_cifar" / "__init__.py", "a") as file:
@@ -369,8 +369,8 @@ def test_the_script_of_a_copy_runs_that_copy_with_what_its_site_needs(cluster: C
     log = cluster.log(job)
     assert "the site was here" in log
     assert "0: this is the copy" in log
-    assert "32 images a step = 2 ranks x 8 images x 2 micro-batches" in log
-    assert f"run_dir: runs/ddp_cifar-{job}. To follow: tail -f {copy}/slurm-{job}.out." in log
+    assert "32 images per step = 2 ranks x 2 micro-batches of 8 images (16 per rank)" in log
+    assert f"run_dir: runs/ddp_cifar-{job}\nto follow: tail -f {copy}/slurm-{job}.out\n" in log
     run_dir = copy / "runs" / f"ddp_cifar-{job}"
     assert (run_dir / "status").read_text() == "finished\n"
 
@@ -390,18 +390,18 @@ def test_the_script_of_a_copy_runs_that_copy_with_what_its_site_needs(cluster: C
     assert not list(tmp_path.glob(".evaluate-*"))
 
 
-def test_run_by_hand_it_looks_first_and_submits(cluster: Cluster, tmp_path: Path) -> None:
+def test_run_directly_the_script_checks_the_run_and_then_submits(cluster: Cluster, tmp_path: Path) -> None:
     line = (*ARGUMENTS, "train.max_steps=2", "run_dir=run here")
     options = ("--nodes", "2", "--gpus-per-node=a-kind:2", "-o", "a folder/%j.out")
     typo = cluster.run(TRAIN, *options, "--", *line, "optim.lrr=1", cwd=tmp_path, check=False)
     assert typo.returncode == 2
     assert "did you mean optim.lr?" in typo.stderr.splitlines()[-1]
-    three = cluster.run(TRAIN, "-N3", "--", *line, cwd=tmp_path, check=False)
-    assert "which do not split over 3 ranks" in three.stderr.splitlines()[-1]
+    many = cluster.run(TRAIN, "-N33", "--", *line, cwd=tmp_path, check=False)
+    assert "is less than the number of ranks (33)" in many.stderr.splitlines()[-1]
     mixed = cluster.run(TRAIN, "--nodes=2", *line, cwd=tmp_path, check=False)
-    assert (mixed.returncode, "put -- before the arguments" in mixed.stderr) == (2, True)
+    assert (mixed.returncode, "put -- between sbatch's options" in mixed.stderr) == (2, True)
     percent = cluster.run(TRAIN, "--output=%x/%j.out", "--", *line, cwd=tmp_path, check=False)
-    assert "has a % in the name of a folder" in percent.stderr
+    assert "contains a % pattern" in percent.stderr
     assert cluster.run("squeue", "--noheader").stdout == "", "none of them was submitted"
     (array,) = submit(cluster, tmp_path, f"{TRAIN} --array=2-3 --hold -- seed=%a", *line)
     assert {task["JobState"] for task in cluster.tasks(array)} == {"PENDING"}
@@ -416,16 +416,16 @@ def test_run_by_hand_it_looks_first_and_submits(cluster: Cluster, tmp_path: Path
     assert (copy / "run here" / "status").read_text() == "finished\n"
 
 
-def test_in_an_allocation_of_ones_own(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_run_in_an_interactive_allocation_finishes(cluster: Cluster, tmp_path: Path) -> None:
     copy = copy_checkout(tmp_path)
     command = f"{README['salloc']} {shlex.join((*ARGUMENTS, 'train.max_steps=2', 'run_dir=run'))}"
     done = cluster.run("bash", "-c", command, cwd=copy, timeout=60)
-    assert "32 images a step = 4 ranks x 8 images" in done.stdout
-    assert "To follow: this terminal." in done.stdout
+    assert "32 images per step = 4 ranks x 1 micro-batch of 8 images" in done.stdout
+    assert "to follow: this terminal\n" in done.stdout
     assert (copy / "run" / "status").read_text() == "finished\n"
 
 
-def test_a_chain_goes_on_without_requeue_and_cancels_what_is_not_needed(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_chain_resumes_without_requeues_and_cancels_the_remaining_jobs(cluster: Cluster, tmp_path: Path) -> None:
     copy = copy_checkout(tmp_path)
     first, second, *others = submit(cluster, copy, README["chain"], *ARGUMENTS, *SHORT)
     assert len(others) == 6
@@ -433,7 +433,7 @@ def test_a_chain_goes_on_without_requeue_and_cancels_what_is_not_needed(cluster:
     assert cluster.show(second)["Reason"] == "Dependency"
     cluster.cancel(first, "--batch", "--signal=USR1")
     cluster.wait_for(first, "COMPLETED", timeout=60)
-    assert "; the chain's next job goes on" in cluster.log(first)
+    assert "; the next job of the chain resumes it" in cluster.log(first)
     cluster.wait_for(second, "COMPLETED", timeout=120)
     for job in others:
         cluster.wait_for(job, "CANCELLED")
@@ -442,12 +442,14 @@ def test_a_chain_goes_on_without_requeue_and_cancels_what_is_not_needed(cluster:
     assert [cluster.restarts(job) for job in (first, second)] == [0, 0]
 
 
-def test_nodes_that_are_started_by_hand_meet(cluster: Cluster, tmp_path: Path) -> None:
-    """launch/README.md's command on two of the machines, without Slurm's help."""
+def test_nodes_that_are_started_by_hand_form_one_run(cluster: Cluster, tmp_path: Path) -> None:
+    """The command of launch/README.md on two nodes, without Slurm."""
     copy = copy_checkout(tmp_path)
     command = command_of("launch/README.md", "^HEAD=")
     line = f"cd {shlex.quote(str(copy))}; {command} {shlex.join(ARGUMENTS)} train.max_steps=2 run_dir=runs/by-hand"
     with ThreadPoolExecutor() as machines:
         done = list(machines.map(lambda node: cluster.on(node, "bash", "-c", line), ("node1", "node2")))
-    assert "32 images a step = 2 ranks x 8 images x 2 micro-batches" in "".join(each.stdout for each in done)
+    assert "32 images per step = 2 ranks x 2 micro-batches of 8 images (16 per rank)" in "".join(
+        each.stdout for each in done
+    )
     assert (copy / "runs" / "by-hand" / "status").read_text() == "finished\n"

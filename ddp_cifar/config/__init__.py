@@ -1,0 +1,58 @@
+"""The config: all settings, and how a command line becomes a `Config`.
+
+    python -m ddp_cifar.train configs/demo.yaml optim.lr=0.002 run_dir=runs/faster
+
+A YAML file overrides the dataclass defaults; `key=value` arguments override the file.
+"""
+
+from ddp_cifar.config.load import load_config, read_yaml
+from ddp_cifar.config.schema import (
+    CheckpointConfig,
+    CommConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    ShapesConfig,
+    StepClampConfig,
+    TrackingConfig,
+    TrainConfig,
+    fields,
+    flatten,
+    get,
+    keys_with_role,
+    result_keys,
+    setting_of,
+    to_dict,
+)
+from ddp_cifar.config.text import as_argument, as_typed, entries, help_text, short_names, to_yaml
+
+__all__ = [
+    "CheckpointConfig",
+    "CommConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ShapesConfig",
+    "StepClampConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "as_argument",
+    "as_typed",
+    "entries",
+    "fields",
+    "flatten",
+    "get",
+    "help_text",
+    "keys_with_role",
+    "load_config",
+    "read_yaml",
+    "result_keys",
+    "setting_of",
+    "short_names",
+    "to_dict",
+    "to_yaml",
+]

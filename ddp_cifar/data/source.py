@@ -1,0 +1,31 @@
+"""`Source`, the base class of the built-in data sets."""
+
+from pathlib import Path
+
+import torch
+
+from ddp_cifar.config import DataConfig
+from ddp_cifar.data.dataset import DataSet
+from ddp_cifar.distributed.world import World
+
+
+class Source:
+    """A data set described by the `data` section of the config. A subclass implements `read`, and may override the rest."""
+
+    image_size: int | None = None
+    """Height and width of all images, in pixels; None if data.image_size sets it."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+
+    def read(self, world: World) -> DataSet:
+        """Read, download or generate the data set; called on every rank. Raises `UserError`, or `OSError` for a file."""
+        raise NotImplementedError
+
+    def metadata(self, world: World) -> DataSet:
+        """Return the data set on torch's meta device, if possible without reading the images."""
+        return self.read(world).to(torch.device("meta"))
+
+    def files(self) -> list[Path]:
+        """Return the files that are read, which may not exist yet."""
+        return []

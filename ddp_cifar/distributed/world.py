@@ -1,0 +1,189 @@
+"""`World`: this process's rank and device, and the collectives, named by meaning.
+
+Without torchrun the process group has one process; nothing else differs.
+"""
+
+import contextlib
+import inspect
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # gloo's default
+
+
+NODE_TIMEOUT = timedelta(days=1)  # for the other ranks of a node while its first one downloads or decodes
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's rank, its device, and the collectives. All ranks must call the same collectives in the same order."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    backend: str
+    control_group: dist.ProcessGroup
+    """A separate gloo group for control messages, which do not wait for the collectives of training."""
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which writes the log and the checkpoints."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum the ranks' tensors element-wise, in place, on every rank. Any shape, the same on all ranks."""
+        self.sum_async(tensor)()
+        return tensor
+
+    def sum_async(self, tensor: Tensor) -> Callable[[], None]:
+        """Start `sum` in place and return a function that waits for it."""
+        if self.device.type == "mps":
+            return lambda: None  # one rank, and no backend accepts mps tensors
+        work = dist.all_reduce(tensor, async_op=True)
+        assert work is not None
+
+        def wait() -> None:
+            work.wait()
+
+        return wait
+
+    def max(self, value: float) -> float:
+        """Return the maximum of the ranks' `value`, exchanged over the CPU."""
+        largest = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control_group)
+        return largest.item()
+
+    def barrier(self) -> None:
+        """Wait until every rank has called this."""
+        dist.barrier()
+
+    def all(self, flag: bool) -> bool:
+        """Return True on every rank if `flag` is true on all of them."""
+        return int(self.sum(torch.tensor(int(flag), device=self.device))) == self.world_size
+
+    def gather_async(self, numbers: Sequence[int]) -> Callable[[], list[list[int]]]:
+        """Start to gather the ranks' `numbers` and return a function that waits for them: one list per rank.
+
+        Every rank must pass the same count. The exchange uses the CPU and a separate group, so that it waits neither for the
+        device nor for the collectives of training.
+        """
+        mine = torch.tensor(numbers, dtype=torch.int64)
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        work = dist.all_gather(everyone, mine, group=self.control_group, async_op=True)
+        assert work is not None
+
+        def wait() -> list[list[int]]:
+            work.wait()
+            return [theirs.tolist() for theirs in everyone]
+
+        return wait
+
+    def gather(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Return the ranks' `numbers`, one list per rank. Every rank must pass the same count."""
+        return self.gather_async(numbers)()
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Return the ranks' `value`, any object that can be pickled, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control_group)
+        return values
+
+    def new_group(self, timeout: timedelta = COLLECTIVE_TIMEOUT, backend: str | None = None) -> dist.ProcessGroup:
+        """Open another group of all ranks, for collectives in an independent order. Every rank must call it."""
+        return cast(dist.ProcessGroup, dist.new_group(backend=backend or self.backend, timeout=timeout))
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Run `function` on rank 0 and return its result on every rank. An exception is raised on every rank.
+
+        So the other ranks get the failure instead of waiting for a rank that exited.
+        """
+        outcome: list[Any] = _attempt(function) if self.is_main else [None, None]
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]  # type: ignore[no-any-return]
+
+    def on_each_node(self, function: Callable[[], T]) -> T:
+        """Run `function` on the first rank of each node and return its result on every rank of that node.
+
+        Use it for work that is needed once per node, such as a download; the other ranks wait for up to a day. An exception
+        on any node is raised on every rank.
+        """
+        if self.world_size == 1:
+            return function()
+        outcome = _attempt(function) if self.local_rank == 0 else [None, None]
+        outcomes: list[Any] = [None] * self.world_size
+        group = self.new_group(NODE_TIMEOUT, "gloo")
+        dist.all_gather_object(outcomes, outcome, group=group)
+        dist.destroy_process_group(group)
+        for _, failure in outcomes:
+            if failure is not None:
+                raise failure
+        return outcomes[self.rank - self.local_rank][0]  # type: ignore[no-any-return]
+
+    def wrap(
+        self, model: nn.Module, bucket_mb: float = 25.0, hook: str = "none"
+    ) -> "DistributedDataParallel | SingleProcessModel":
+        """Wrap the model, already on the device and equal on all ranks, in DDP.
+
+        `bucket_mb` is the size of gradient buckets, in units of 2^20 bytes. `hook` is the compression of gradients: none,
+        fp16 or bf16. DDP does not synchronize buffers; training/buffers.py averages them like gradients.
+        """
+        if self.device.type == "mps":
+            return SingleProcessModel(model)
+        parameters = inspect.signature(DistributedDataParallel).parameters
+        # broadcast_buffers is deprecated where forward_sync_buffers (torch 2.13) exists
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        options: dict[str, Any] = {buffers: False, "bucket_cap_mb": bucket_mb, "gradient_as_bucket_view": True}
+        ddp = DistributedDataParallel(model, device_ids=device_ids, **options)
+        if hook != "none":
+            hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
+            ddp.register_comm_hook(dist.group.WORLD, hooks[hook])
+        return ddp
+
+
+class SingleProcessModel(nn.Module):
+    """Replaces DistributedDataParallel on mps, which supports one rank and has no communication backend."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.module(images)
+        return logits
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+def _attempt(function: Callable[[], object]) -> list[Any]:
+    """Call `function` and return [result, None] or [None, exception], to be sent to other ranks.
+
+    An exception that cannot be pickled is replaced by its text: if sending it failed, the other ranks would wait.
+    """
+    try:
+        return [function(), None]
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return [None, RuntimeError(repr(error))]
+        return [None, error]

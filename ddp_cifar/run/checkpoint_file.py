@@ -1,0 +1,166 @@
+"""Checkpoint files: their format, durable writes and verified reads.
+
+A checkpoint is a plain dict of tensors, numbers and strings, which `torch.load(path, weights_only=True)` accepts: `model`,
+`optimizer`, `progress`, `config`, `classes` (class names) and `image_size` (in pixels); `ema` (averaged weights) and `scaler`
+(for fp16) if the run has them; and `digest`, a sha256 of the rest.
+"""
+
+import hashlib
+import io
+import os
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddp_cifar.errors import UserError, first_line
+
+State = dict[str, Any]
+
+PARTS = ("model", "optimizer", "progress", "config")
+"""The keys of every checkpoint."""
+
+
+def digest(state: object) -> str:
+    """Return a sha256 of nested dicts, lists and tensors: equal only if all keys, numbers and tensors are bitwise identical.
+
+    The memory order and the device of a tensor do not matter.
+    """
+    sha = hashlib.sha256()
+
+    def feed(value: object) -> None:
+        if isinstance(value, Mapping):
+            sha.update(f"dict {len(value)}\0".encode())
+            for key, item in value.items():
+                feed(key)
+                feed(item)
+        elif isinstance(value, list | tuple):
+            sha.update(f"list {len(value)}\0".encode())
+            for item in value:
+                feed(item)
+        elif isinstance(value, Tensor):
+            sha.update(f"{value.dtype} {tuple(value.shape)}\0".encode())
+            sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            sha.update(f"{type(value).__name__} {value!r}\0".encode())
+
+    feed(state)
+    return sha.hexdigest()
+
+
+def snapshot(state: State) -> tuple[State, Callable[[], None]]:
+    """Return a copy of `state` on the CPU, and a function that waits until the copy is complete.
+
+    The caller may change `state` immediately: a GPU copies in stream order, before any work that follows.
+    """
+    on_cuda = False
+
+    def copy(value: Any) -> Any:
+        nonlocal on_cuda
+        if isinstance(value, Mapping):
+            return {key: copy(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(copy(item) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        if value.device.type != "cuda":
+            return value.detach().to("cpu", copy=True)
+        on_cuda = True
+        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value.detach(), non_blocking=True)
+
+    copied = copy(state)
+    if not on_cuda:
+        return copied, lambda: None
+    done = torch.cuda.Event()
+    done.record()
+    return copied, done.synchronize
+
+
+def save_checkpoint(path: Path, state: State) -> None:
+    """Write `state` to `path` durably and atomically: afterwards, `path` is either unchanged or complete.
+
+    Raises `OSError` if it cannot be written, and leaves no partial file.
+    """
+    buffer = io.BytesIO()  # in memory first, so that a full disk is an OSError here and not an abort inside torch
+    torch.save({**state, "digest": digest(state)}, buffer)
+    write_durably(path, buffer.getbuffer())
+
+
+def write_durably(path: Path, content: bytes | memoryview) -> None:
+    """Write a temporary file, fsync, rename, fsync the folder: `path` is either unchanged or complete.
+
+    Raises `OSError` if it cannot be written, and leaves no partial file.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: Path) -> State:
+    """Return the state in `path`, on the CPU. Raises `UserError` if it is missing, damaged, or not a ddp_cifar checkpoint."""
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}: expected a checkpoint file, or the run_dir of a run")
+    state = read_file(path)
+    missing = [part for part in (*PARTS, "digest") if part not in state] if isinstance(state, dict) else list(PARTS)
+    if missing:
+        raise UserError(
+            f"{path} is not a checkpoint of a run: it has no {missing[0]}, expected {', '.join(PARTS)}; "
+            f"to start a new run from weights alone, use model.init={path}"
+        )
+    verify_digest(path, state)
+    return state  # type: ignore[no-any-return]
+
+
+def verify_digest(path: Path, state: State) -> None:
+    """Remove the digest from a checkpoint's state. Raises `UserError` if it does not match the content."""
+    expected = state.pop("digest")
+    if digest(state) != expected:
+        raise UserError(f"{path} is damaged: its content does not match its checksum; use an older checkpoint")
+
+
+def read_file(path: Path) -> Any:
+    """Return the content of a `torch.save` file, on the CPU. Raises `UserError` if it is damaged or could run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many exception types for damaged files
+        if "Unsupported global" in str(error):
+            raise UserError(
+                f"{path} is a pickle of whole objects, such as a module, and could run code on loading; to convert it, run this "
+                f"where its class is defined: "
+                f"torch.save(torch.load({str(path)!r}, weights_only=False)['net'].state_dict(), 'weights.pt')"
+            ) from error
+        reason = textwrap.shorten(first_line(error), 120, placeholder=" ...")
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({reason}): it is damaged, or not a ddp_cifar checkpoint"
+        ) from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors file. Raises `UserError` if it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a safetensors file ({first_line(error)}): it is damaged") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

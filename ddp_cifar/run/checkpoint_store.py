@@ -1,0 +1,156 @@
+"""The checkpoints of a run: save in the background, find the newest good one, remove old ones."""
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from ddp_cifar.errors import UserError
+from ddp_cifar.log import log
+from ddp_cifar.run.checkpoint_file import State, load_checkpoint, save_checkpoint, snapshot
+
+
+def load_newest(folder: Path, key: str) -> "Loaded":
+    """Return the newest good checkpoint of a run_dir or a folder of checkpoints. `key` is the config key for errors."""
+    checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    found = Checkpoints(checkpoints, keep=1).load_latest()
+    if found is None:
+        raise UserError(f"{key}={folder} has no checkpoints; expected a checkpoint file, or the run_dir of a run")
+    return found
+
+
+class Loaded(NamedTuple):
+    """A checkpoint in memory, and its path."""
+
+    path: Path
+    state: State
+
+
+class Checkpoints:
+    """The checkpoints of one run: files `step_NNNNNNNN.pt`, and links `latest.pt` and `best.pt`."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.failed_saves = 0
+        self.last_good: Path | None = None
+        self.bad: set[Path] = set()
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def paths(self) -> list[Path]:
+        """Return all checkpoints, newest first."""
+        return sorted(self.folder.glob("step_*.pt"), reverse=True)
+
+    def load_latest(self) -> Loaded | None:
+        """Return the newest good checkpoint, or None if there are no checkpoints. Log a warning for each newer bad one.
+
+        Raises `UserError` if all are bad.
+        """
+        paths = self.paths()
+        for path in paths:
+            try:
+                loaded = Loaded(path, load_checkpoint(path))
+                self.last_good = path
+                return loaded
+            except UserError as error:
+                log.warning(f"skipping a checkpoint: {error}")
+                self.bad.add(path)
+        if paths:
+            raise UserError(
+                f"none of the {len(paths)} checkpoints in {self.folder} is good; restore one, or use another run_dir"
+            )
+        return None
+
+    def save(
+        self, state: State, step: int, best_step: int | None = None, first: Callable[[], None] = lambda: None
+    ) -> None:
+        """Save a copy of `state` on a thread. The caller may change `state` immediately.
+
+        `best_step` is the step of the best checkpoint so far. The thread calls `first` before it writes the checkpoint. If an
+        earlier save is not finished, this one is skipped with a warning.
+        """
+        if not self.finish(timeout_s=0):
+            self._failed(self._path(step), "the previous one is still being written")
+            return
+        copied, wait = snapshot(state)
+
+        def write() -> None:
+            try:
+                wait()
+                self._write(copied, step, best_step, first)
+            except BaseException as error:
+                self._error = error
+
+        self._writer = threading.Thread(target=write, name="checkpoint")
+        self._writer.start()
+
+    def finish(self, timeout_s: float | None = None) -> bool:
+        """Wait until the last save is on the disk; False if it takes longer than `timeout_s`."""
+        if self._writer:
+            self._writer.join(timeout_s)
+            if self._writer.is_alive():
+                return False
+            self._writer = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+        return True
+
+    def link(self, latest: Path, best_step: int | None) -> None:
+        """Set `latest.pt` and `best.pt`. A resume also calls it, as a kill may happen after a save and before its links."""
+        for name, path in (("latest.pt", latest), ("best.pt", None if best_step is None else self._path(best_step))):
+            link = self.folder / name
+            # the best checkpoint may have failed to save
+            if path and path.exists() and not (link.is_symlink() and os.readlink(link) == path.name):
+                _link(link, path)
+
+    def _write(self, state: State, step: int, best_step: int | None, first: Callable[[], None]) -> None:
+        """Write a checkpoint, set the links, and remove old ones. A failure is counted and logged; training continues."""
+        path = self._path(step)
+        try:
+            first()
+            save_checkpoint(path, state)
+            self.bad.discard(path)
+            self.last_good = path
+            self.link(path, best_step)
+            self._remove_old()
+        except OSError as error:
+            self._failed(path, error.strerror or str(error))
+
+    def _failed(self, path: Path, reason: str) -> None:
+        self.failed_saves += 1
+        log.warning(f"checkpoint {path} was not saved ({reason}); training continues and older checkpoints are kept")
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}.pt"
+
+    def _remove_old(self) -> None:
+        best = self.folder / "best.pt"
+        # damaged ones do not count toward `keep`, and are left for the user to inspect
+        good = [path for path in self.paths() if path not in self.bad]
+        keep = {path.name for path in good[: self.keep]} | ({os.readlink(best)} if best.is_symlink() else set())
+        for path in good:
+            if path.name not in keep:
+                path.unlink()
+
+
+class NullCheckpoints(Checkpoints):
+    """Saves nothing. Used on every rank except 0, so that the training loop is the same on all ranks."""
+
+    def save(
+        self, state: State, step: int, best_step: int | None = None, first: Callable[[], None] = lambda: None
+    ) -> None:
+        pass
+
+    def finish(self, timeout_s: float | None = None) -> bool:
+        return True
+
+
+def _link(link: Path, target: Path) -> None:
+    """Point `link` at a file in the same folder, atomically."""
+    temporary = link.with_name(f"{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, link)

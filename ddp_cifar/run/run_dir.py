@@ -1,0 +1,193 @@
+"""RUN_DIR: the layout of all files of a run, and the lock that keeps two runs out of one folder.
+
+config.yaml                   the resolved config
+status                        running, stopped: REASON, finished, or failed: REASON; after a crash it is still `running`
+metrics.jsonl                 a row of scalars every few steps and at the end of each epoch
+tensorboard/                  the same for TensorBoard
+checkpoints/step_NNNNNNNN.pt  checkpoints, with links `latest.pt` and `best.pt`
+logs/rank_N.log               each rank's log; rank_N.stacks: the stacks of all Python threads after a hang
+heartbeats/rank_N             each rank's last heartbeat
+starts.jsonl                  a row for each start of the run
+lock                          host and pid of the process that holds it
+STOP, SAVE                    created by the user to request: save and stop; save and continue
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from ddp_cifar.distributed.environment import is_lost_peer
+from ddp_cifar.errors import UserError, first_line
+from ddp_cifar.log import log
+
+CLAIM_TIMEOUT_S = 5.0
+"""The longest wait for the processes of an earlier start to exit."""
+
+LOST_NODE_TIMEOUT_S = 120.0
+"""The longest wait for a file server to release the lock of a lost node (the lease of NFS 4 is 90 s)."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run, with totals over all earlier starts."""
+
+    time: float
+    """Unix time of the command's start."""
+    step: int
+    """The step of the checkpoint that this start resumes from; 0 without one."""
+    world_size: int
+    restarts: int = 0
+    """The number of earlier starts."""
+    steps_lost: int = 0
+    """Steps of earlier starts that are in no checkpoint."""
+    occupied_s: float = 0.0
+    """Seconds for which the processes of earlier starts ran, until rank 0's last heartbeat."""
+    productive_s: float = 0.0
+    """The part of `occupied_s` that advanced the run: steps and evaluations that were kept, without waits for saves."""
+    found: str = ""
+    """The status left by the previous start: `running` if it crashed."""
+
+
+class RunDir:
+    """The paths in RUN_DIR, and the files that rank 0 writes there."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.heartbeats = self.path / "heartbeats"
+        self.logs = self.path / "logs"
+        self.starts = self.path / "starts.jsonl"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
+        self._lock: IO[str] | None = None
+
+    def rank_log(self, rank: int) -> Path:
+        return self.logs / f"rank_{rank}.log"
+
+    def claim(self) -> None:
+        """Create the folder and lock it until this process exits.
+
+        Raises `UserError` if it cannot be written, or if another run holds the lock.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.logs.mkdir(exist_ok=True)
+            self.heartbeats.mkdir(exist_ok=True)
+            lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held open until the process exits
+        except OSError as error:
+            raise UserError(
+                f"cannot write to run_dir={self.path} ({error.strerror}: {error.filename}); choose another run_dir"
+            ) from error
+        lock.seek(0)
+        holder = lock.read().strip()
+        try:
+            locked = lock_file(lock, CLAIM_TIMEOUT_S)
+            if not locked and not holder.endswith(f" on {socket.gethostname()}"):
+                log.info(
+                    f"{self.path} is in use by {holder}: waiting {LOST_NODE_TIMEOUT_S:.0f} s, in case its node is lost"
+                )
+                locked = lock_file(lock, LOST_NODE_TIMEOUT_S)
+        except OSError as error:
+            log.warning(f"cannot lock {self.path} ({error.strerror}); make sure that only one run uses it")
+            return
+        if not locked:
+            raise UserError(
+                f"run_dir={self.path} is in use by {holder or 'another process'}; wait for that run, or choose another run_dir"
+            )
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        self._lock = lock
+        for path in self.checkpoints.glob("*.tmp"):  # left by a kill during a write
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Release the lock, if this process holds it."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def note_start(
+        self,
+        began: float,
+        step: int,
+        world_size: int,
+        last_seen: tuple[float, int] | None,
+        productive_s: float = 0.0,
+    ) -> Start:
+        """Add a row to starts.jsonl for a start at Unix time `began` that resumes from `step`.
+
+        `last_seen` is the Unix time and the step of the last heartbeat of the previous start, if any.
+        """
+        start = Start(began, step, world_size)
+        if before := next(reversed(self.read_starts()), None):
+            end, reached = last_seen or (before.time, before.step)
+            lost = before.steps_lost + max(0, reached - step)
+            occupied_s = before.occupied_s + max(0.0, end - before.time)
+            restarts, found = before.restarts + 1, self.read_status()
+            start = Start(began, step, world_size, restarts, lost, occupied_s, productive_s, found)
+        with open(self.starts, "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(start)) + "\n")
+        return start
+
+    def read_starts(self) -> list[Start]:
+        """Return all starts of the run, oldest first."""
+        starts = []
+        with contextlib.suppress(FileNotFoundError):
+            for line in self.starts.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, TypeError):  # a crash may leave an incomplete line
+                    starts.append(Start(**json.loads(line)))
+        return starts
+
+    def write_config(self, text: str) -> None:
+        """Write the resolved config to config.yaml."""
+        (self.path / "config.yaml").write_text(text)
+
+    @contextlib.contextmanager
+    def recording_failure(self) -> Iterator[None]:
+        """Set the status to `failed: REASON` if the body raises. Used on every rank; the first reason is kept.
+
+        An error for which `is_lost_peer` is true sets no status: the lost rank sets its own, or was killed (still `running`).
+        """
+        try:
+            yield
+        except Exception as error:
+            if not is_lost_peer(error) and not self.read_status().startswith("failed"):
+                self.write_status(f"failed: {first_line(error)}")
+            raise
+
+    def read_status(self) -> str:
+        try:
+            return (self.path / "status").read_text().strip()
+        except OSError:
+            return ""
+
+    def write_status(self, status: str) -> None:
+        try:
+            (self.path / "status").write_text(status + "\n")
+        except OSError as error:
+            log.warning(f"cannot write {self.path / 'status'} ({error.strerror}); the status is {status}")
+
+
+def lock_file(file: IO[str], timeout_s: float) -> bool:
+    """Lock `file`; return False if another process holds the lock for `timeout_s`. Raises `OSError` without lock support."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            if time.monotonic() > deadline:
+                return False
+        time.sleep(0.1)

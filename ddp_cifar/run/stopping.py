@@ -1,0 +1,135 @@
+"""Requests to a training process: to stop, or to save and continue. Their source is a signal, a file, or a time limit.
+
+Each rank knows only its own requests. Ranks exchange them every few steps (training/rank_exchange.py), so that all ranks act
+at the same step.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ddp_cifar import LAUNCHER
+from ddp_cifar.command import leave
+from ddp_cifar.log import log
+
+REASONS = ("", "SIGTERM", "SIGINT", "SIGUSR1", "the file STOP", "train.deadline", "train.max_hours", "SIGHUP")
+"""The reasons to stop. The first one means no reason."""
+
+EARLIER_SIGNALS = "DDP_CIFAR_SIGNALS"
+"""The environment variable with a path. The file lists the signals that launch/node.sh has received, one per line (`TERM`)."""
+
+LOOK_EVERY_S = 1.0
+"""Seconds between two checks of the time limit and of the files STOP and SAVE."""
+
+
+class Requests:
+    """Collects the requests to this process on a thread.
+
+    SIGUSR1 is caught from the beginning. SIGTERM, SIGINT and SIGHUP terminate the process as usual until `catch_signals`.
+    After a SIGINT, any signal terminates the process immediately, even if the main thread is blocked. The process also exits
+    if the torchrun that started it exits. Signals that launch/node.sh received earlier count too: they are in the file
+    $DDP_CIFAR_SIGNALS. If `folder` is given, the thread checks it for the files STOP and SAVE. `deadline` is a Unix time and
+    the reason to stop then.
+    """
+
+    def __init__(self, folder: Path | None = None, deadline: tuple[float, str] | None = None) -> None:
+        self.folder = folder
+        self.deadline = deadline
+        self.reason = ""
+        self._save = False
+        self._handlers: dict[int, Any] = {}
+        self._closed = False
+
+    def __enter__(self) -> "Requests":
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        # Python's handlers wait for the main thread, which may be blocked; the C handler writes to this socket immediately
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._catch(signal.SIGUSR1)
+        self._request_earlier()
+        self._thread = threading.Thread(target=self._watch, name="requests", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        self._closed = True
+        self._writer.close()
+        self._thread.join()
+        self._reader.close()
+        for signum, handler in self._handlers.items():  # last: from here on a signal terminates the process
+            signal.signal(signum, handler)
+
+    def catch_signals(self) -> None:
+        """From now on, SIGTERM, SIGINT, and SIGHUP (the terminal closes) request a stop."""
+        self._catch(signal.SIGTERM)
+        self._catch(signal.SIGINT)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            self._catch(signal.SIGHUP)
+
+    def take_save(self) -> bool:
+        """True if a checkpoint was requested since the last call."""
+        if not self._save:
+            return False
+        self._save = False  # a request that arrives now is served by the same checkpoint
+        return True
+
+    def stopped(self) -> None:
+        """Remove the file STOP. Call it after the run has stopped."""
+        if self.folder:
+            (self.folder / "STOP").unlink(missing_ok=True)
+
+    def _catch(self, signum: signal.Signals) -> None:
+        self._handlers[signum] = signal.signal(signum, lambda *_: None)
+
+    def _request_earlier(self) -> None:
+        with contextlib.suppress(OSError):  # the file does not exist before the first signal
+            for name in Path(os.environ.get(EARLIER_SIGNALS, os.devnull)).read_text().split():
+                self._request(f"SIG{name}")
+
+    def _watch(self) -> None:
+        while not self._closed:
+            ready, _, _ = select.select([self._reader], [], [], LOOK_EVERY_S)
+            for signum in self._reader.recv(64) if ready else b"":
+                self._on_signal(signum)
+            if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER:
+                leave(
+                    "the torchrun process that started this rank exited; shutting down; run the same command to resume"
+                )
+            if self.deadline is not None and time.time() >= self.deadline[0]:
+                self._request(self.deadline[1])
+            if self.folder:
+                self._check_files(self.folder)
+
+    def _on_signal(self, signum: int) -> None:
+        if signum not in self._handlers:
+            return
+        if self.reason == "SIGINT":
+            leave(f"{signal.Signals(signum).name} after SIGINT: exiting immediately, without saving")
+        self._request(signal.Signals(signum).name)
+
+    def _check_files(self, folder: Path) -> None:
+        try:
+            if (folder / "STOP").exists():
+                self._request("the file STOP")
+            if (folder / "SAVE").exists():
+                (folder / "SAVE").unlink()
+                self._save = True
+        except OSError:
+            pass  # the folder is temporarily unavailable: no request
+
+    def _request(self, reason: str) -> None:
+        # a SIGINT replaces an earlier reason, since any signal after it terminates the process immediately
+        if not self.reason or reason == "SIGINT":
+            is_first, self.reason = not self.reason, reason
+            if is_first:
+                log.info(f"stop requested by {reason}")

@@ -1,0 +1,91 @@
+"""The TensorBoard content of a run besides its scalars, and when it is written. docs/dashboard.md lists the tags."""
+
+import functools
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ddp_cifar.config import Config
+from ddp_cifar.data.dataset import DataSet
+from ddp_cifar.data.loader import TrainLoader
+from ddp_cifar.run.environment import versions
+from ddp_cifar.run.run_dir import Start
+from ddp_cifar.tracking import summaries
+from ddp_cifar.tracking.base import Tracker
+
+MAX_LOGITS = 50_000_000
+"""The most logits (images times classes) for which an evaluation has pictures. They use 200 MB of memory per rank."""
+
+
+class Dashboard:
+    """Shows a run in TensorBoard: pictures, curves and texts.
+
+    Every rank has one, as all ranks compute the logits of an evaluation. Only the tracker of rank 0 draws. The dashboard shows
+    the evaluation of the test images or, without test images, of the validation images.
+    """
+
+    def __init__(self, tracker: Tracker, config: Config, dataset: DataSet) -> None:
+        self.tracker = tracker
+        self.config = config
+        self.classes = dataset.classes
+        self.split_name = "test" if dataset.test else "val"
+        self.split = dataset.test or dataset.val
+
+    def show_start(
+        self,
+        step: int,
+        places: Sequence[tuple[str, str]],
+        starts: Sequence[Start],
+        train: TrainLoader,
+        model: nn.Module,
+    ) -> None:
+        """Show the information available before training (re)starts after `step` steps.
+
+        `places` has the host and device of each rank. `starts` has all starts of the run, including this one.
+        """
+        show, tracking = self.tracker.show, self.config.tracking
+        show(summaries.add_layout)
+        show(lambda board: summaries.add_config(board, self.config, step))
+        show(lambda board: summaries.add_environment(board, versions(), places, step))
+        self.show_history(starts, "running", step)
+        show(lambda board: summaries.add_hparams(board, self.config, self.split_name))
+        if step == 0 and tracking.pictures_every:
+            show(lambda board: summaries.add_training_images(board, train, self.classes))
+        if step == 0 and tracking.graph:
+            show(lambda board: summaries.add_graph(board, model, train.image_shape))
+
+    def show_history(self, starts: Sequence[Start], outcome: str, step: int) -> None:
+        """Show all starts of the run; `outcome` is the outcome of the last one."""
+        self.tracker.show(lambda board: summaries.add_history(board, starts, outcome, step))
+
+    def show_histograms(self, model: nn.Module, step: int) -> None:
+        """Show the weights and gradients of step `step`, if histograms are due."""
+        every = self.config.tracking.histograms_every
+        if every is not None and step % every == 0:
+            self.tracker.show(lambda board: summaries.add_histograms(board, model, step))
+
+    def split_to_show(self, epoch: int, *, is_last: bool) -> str:
+        """Return the split whose logits `show_evaluation` needs after epoch `epoch` (from 1), or "" for none.
+
+        The result is equal on all ranks.
+        """
+        every = self.config.tracking.pictures_every
+        is_due = every is not None and (is_last or epoch % every == 0)
+        if not is_due or self.split is None or len(self.split) * len(self.classes) > MAX_LOGITS:
+            return ""
+        return self.split_name
+
+    def show_evaluation(self, logits: Tensor, step: int) -> None:
+        """Show the predictions for the split, from its (N, classes) logits, summed over ranks."""
+        name, split, classes = self.split_name, self.split, self.classes
+        assert split is not None
+        for add in (summaries.add_confusion, summaries.add_wrong_images, summaries.add_curves):
+            show = functools.partial(add, name=name, split=split, logits=logits, classes=classes, step=step)
+            self.tracker.show(show)
+
+    def show_projector(self, model: nn.Module, step: int) -> None:
+        """Show the features of the split's first images, if `tracking.projector` is true. Call it at the end of a run."""
+        if not self.config.tracking.projector or (split := self.split) is None:
+            return
+        batch_size = self.config.eval.batch_size
+        self.tracker.show(lambda board: summaries.add_projector(board, split, model, self.classes, batch_size, step))

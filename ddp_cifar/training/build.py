@@ -1,0 +1,176 @@
+"""Builds a Trainer from a config, for this rank."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ddp_cifar.command import counted, span
+from ddp_cifar.config import Config, TrainConfig, as_typed
+from ddp_cifar.data.dataset import DataSet, choose_data_device
+from ddp_cifar.data.loader import EvalLoader, TrainLoader
+from ddp_cifar.data.sampler import (
+    BatchPlan,
+    StepSampler,
+    advice,
+    check_batch_size,
+    larger_micro_batches,
+    plan_batches,
+)
+from ddp_cifar.distributed.world import World
+from ddp_cifar.errors import UserError
+from ddp_cifar.log import log
+from ddp_cifar.models import build_model, fails_on_one_image
+from ddp_cifar.models.weights import load_weights
+from ddp_cifar.run.checkpoint_store import Checkpoints, NullCheckpoints
+from ddp_cifar.run.environment import device_name
+from ddp_cifar.seeding import derive_seed
+from ddp_cifar.training.evaluation import Evaluator
+from ddp_cifar.training.optim import build_optimizer
+from ddp_cifar.training.precision import pick_precision
+from ddp_cifar.training.progress import Progress
+from ddp_cifar.training.step import TrainStep
+from ddp_cifar.training.trainer import Trainer
+from ddp_cifar.training.trial import try_training
+from ddp_cifar.training.warmup import warm_up
+
+COMPILED_ON = {"cuda"}  # on a CPU the compiled kernels are slower than oneDNN's, and they need a C++ compiler
+
+
+def set_up_kernels(train: TrainConfig, world: World) -> None:
+    """Set the number of CPU threads, and whether torch uses only deterministic kernels and raises if there is none."""
+    on_cpu = world.device.type == "cpu"
+    threads = train.threads or (1 if train.reproducible and on_cpu else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    deterministic = train.deterministic or train.reproducible
+    if deterministic:
+        # required for determinism, before cuBLAS's first use
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        # only if needed: the call takes a second, as it loads torch's compiler
+        torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a slow debugging aid
+    if train.reproducible:
+        count = check_batch_size(train, world.world_size)
+        fixed = f"{_threads()} per rank" if on_cpu else "no cuDNN autotuning"
+        log.info(
+            f"reproducible: bitwise identical on {counted(span(1, count), 'rank')}; uses tree sums over the micro-batches of "
+            f"a step, deterministic kernels, {fixed}"
+        )
+
+
+def _threads() -> str:
+    number = torch.get_num_threads()
+    return f"{number} CPU thread{'s' * (number > 1)}"
+
+
+def build_trainer(
+    config: Config,
+    world: World,
+    dataset: DataSet,
+    checkpoints: Checkpoints | None = None,
+    init: Mapping[str, Tensor] | None = None,
+) -> Trainer:
+    """Build the trainer of this rank, and log what was derived from the config and the world.
+
+    Rank 0 saves to `checkpoints`, if given. The model starts from the weights `init`, if given. Raises `UserError`
+    if a component cannot be built.
+    """
+    if config.train.compile != "off" and world.device.type not in COMPILED_ON:
+        raise UserError(
+            f"train.compile={config.train.compile} needs a GPU, found device {world.device.type}; use train.compile=off"
+        )
+    plan = plan_batches(config.train, world.world_size, len(dataset.train))
+    device, channels_last = world.device, config.train.channels_last
+    sampler = StepSampler(plan, world.rank, config.seed)
+
+    torch.manual_seed(derive_seed("init", config.seed))
+    model = build_model(config.model, len(dataset.classes), dataset.train.image_size, device)
+    check_micro_batches(config, plan, model, dataset)
+    if init is not None:
+        new = load_weights(model, init, config.model.init, new_head=True)
+        log.info(
+            f"weights from {config.model.init}"
+            + (f", except for {', '.join(new)} (different number of classes)" if new else "")
+        )
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    precision = pick_precision(config.precision, world)
+    try_training(model, config, len(dataset.classes), dataset.train.image_size, precision)
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    threads = f", {_threads()} per rank" if device.type == "cpu" else ""
+    data = dataset.describe()
+    dataset = dataset.to(choose_data_device((dataset.train, dataset.val, dataset.test), device, config.data.residency))
+    log.info(f"{config.data.name}: {data}")
+    log.info(
+        f"{config.model.name}: {parameters:,} parameters, {precision}, device {device.type}, backend {world.backend}{threads}"
+    )
+    for line in (str(plan), *advice(config.train, plan, on_gpus=device.type == "cuda")):
+        log.info(line)
+
+    train_loader = TrainLoader(dataset.train, sampler, config.seed, channels_last, device)
+    val, test = (EvalLoader(split, channels_last, device) if split else None for split in (dataset.val, dataset.test))
+    step = TrainStep(
+        config,
+        world,
+        plan,
+        model,
+        build_optimizer(model, config.optim),
+        precision=precision,
+        image_shape=train_loader.image_shape,
+    )
+    warm_up(step, train_loader, val, test)
+    evaluator = Evaluator(
+        world,
+        config.eval,
+        step.eval_model,
+        precision,
+        len(dataset.classes),
+        train=train_loader,
+        val=val,
+        test=test,
+        evaluating=step.evaluating,
+    )
+    return Trainer(
+        config,
+        world,
+        progress=Progress(data=data, conditions=conditions_of(plan, precision, world.device)),
+        train_step=step,
+        train_loader=train_loader,
+        evaluator=evaluator,
+        checkpoints=checkpoints if checkpoints and world.is_main else NullCheckpoints(Path("nowhere"), keep=1),
+        dataset=dataset,
+        show_progress=world.is_main and sys.stderr.isatty(),
+    )
+
+
+def conditions_of(plan: BatchPlan, precision: str, device: torch.device) -> dict[str, str]:
+    """Return the conditions that affect results and are not in the config. A resume warns if one has changed."""
+    conditions = {
+        "precision": precision,
+        "micro-batches per step": str(plan.num_micro_batches),
+        "torch": str(torch.__version__),
+        "device": device_name(device),
+    }
+    return conditions | ({"CPU threads per rank": str(torch.get_num_threads())} if device.type == "cpu" else {})
+
+
+def check_micro_batches(config: Config, plan: BatchPlan, model: nn.Module, dataset: DataSet) -> None:
+    """Raise `UserError` if an epoch has a micro-batch of one image and the model cannot train on one image."""
+    if plan.micro_batch_sizes()[-1] > 1:
+        return
+    if not (reason := fails_on_one_image(model, len(dataset.classes), dataset.train.image_size)):
+        return
+    train, setting = config.train, larger_micro_batches(config.train, plan)
+    raise UserError(
+        f"model.name={config.model.name} cannot train on one image ({reason}), and an epoch has a micro-batch of one image: "
+        f"{plan.num_images} training images, train.global_batch_size={train.global_batch_size}, train.micro_batch_size="
+        f"{as_typed(train.micro_batch_size)}, {counted(plan.world_size, 'rank')}; "
+        + (f"use {setting}" if setting else "use fewer ranks, more images, or a model without BatchNorm")
+    )

@@ -1,0 +1,29 @@
+"""A fingerprint of all weights and buffers of a model, computed on its device. It changes if any bit changes."""
+
+import torch
+from torch import Tensor, nn
+
+_MULTIPLIER = 0x9E3779B1  # 2^32 over the golden ratio, made odd (Knuth, The Art of Computer Programming 3, 6.4)
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> int:
+    """Return a 63-bit hash of all parameters and buffers and their positions. The memory order does not matter.
+
+    Waits for the device. The hash detects accidental changes, not attacks.
+    """
+    sums = [_hash(tensor) for tensor in model.state_dict().values()]
+    total = 0
+    for value in torch.stack(sums).tolist():
+        total = (total * 31 + value) % (2**63 - 1)
+    return total
+
+
+def _hash(tensor: Tensor) -> Tensor:
+    """() int64: the sum of the tensor's 32-bit words, each multiplied by an odd number that depends on its position."""
+    flat = tensor.contiguous().flatten()
+    if flat.element_size() < 4:
+        flat = flat.float()  # exact for bf16, fp16 and small integers
+    words = flat.view(torch.int32)
+    positions = torch.arange(1, 2 * len(words), 2, dtype=torch.int32, device=words.device)
+    return (words * (positions * (_MULTIPLIER - 2**32))).sum(dtype=torch.int64)

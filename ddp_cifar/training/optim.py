@@ -1,0 +1,224 @@
+"""The optimizers, the learning rate as a function of the step, and the clamp on Adam's step count."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from ddp_cifar.config import OptimConfig
+from ddp_cifar.errors import UserError
+from ddp_cifar.registry import call, is_user_defined, resolve
+
+Parameters = Iterable[nn.Parameter]
+
+Implementation = dict[str, Any]
+"""torch's options foreach, fused and capturable, each True or False."""
+
+
+def adam(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
+    return Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, **implementation, **config.args)
+
+
+def adamw(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
+    return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, **implementation, **config.args)
+
+
+def sgd(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
+    optimizer = SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
+        weight_decay=config.weight_decay,
+        **{name: on for name, on in implementation.items() if name != "capturable"},
+        **config.args,
+    )
+    if config.momentum > 0:
+        # zeros mean no momentum yet; the fused kernel would leave the buffers uninitialized if fp16 skips the first update
+        for parameter in optimizer.param_groups[0]["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """Return the optimizer that `config` names, over all of the model's parameters.
+
+    A user-defined optimizer is called with the parameters, `lr`, `weight_decay` and `config.args`. It chooses its own kernels.
+    Raises `UserError` if the device cannot run `config.implementation`, or if the optimizer does not accept its arguments.
+    """
+    function = resolve("optim.name", config.name)
+    if is_user_defined(config.name):
+        return _build_user_defined(function, model, config)
+    device = next(model.parameters()).device.type
+    if config.implementation == "capturable" and device != "cuda":
+        raise UserError(
+            f"optim.implementation=capturable needs a GPU, found device {device}; use optim.implementation=auto"
+        )
+    name = "fused" if config.implementation == "auto" else config.implementation
+    implementation = {"foreach": name == "foreach", "fused": name == "fused", "capturable": name == "capturable"}
+    try:
+        built: Optimizer = function(model.parameters(), config, implementation)
+        return built
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optim.name={config.name} does not accept optim.args={config.args} ({error})") from error
+
+
+def _build_user_defined(function: Callable[..., Optimizer], model: nn.Module, config: OptimConfig) -> Optimizer:
+    # decided by the argument's name: most optimizers accept only tensors, and a trial call would hide their errors
+    wants_names = _first_argument(function) == "named_parameters"
+    parameters = list(model.named_parameters() if wants_names else model.parameters())
+    arguments = {"lr": config.lr, "weight_decay": config.weight_decay} | config.args
+    try:
+        optimizer = call("optim.name", config.name, function, parameters, **arguments)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optim.name={config.name} does not accept {arguments} ({error})") from error
+    if not isinstance(optimizer, Optimizer):
+        found = type(optimizer).__name__
+        raise UserError(f"optim.name={config.name} returned a {found}, expected a torch.optim.Optimizer")
+    return optimizer
+
+
+def _first_argument(function: Callable[..., Any]) -> str:
+    try:
+        return next(iter(inspect.signature(function).parameters), "")
+    except ValueError:  # written in C, without a signature
+        return ""
+
+
+def start_training(optimizer: Optimizer) -> None:
+    """Call `optimizer.train()` if there is such a method: schedule-free optimizers must be told."""
+    if averages_weights(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
+
+
+def averages_weights(optimizer: Optimizer) -> bool:
+    """True for an optimizer with `train` and `eval` methods, which evaluates other weights than those that it trains.
+
+    The protocol of schedule-free optimizers (Defazio et al., The Road Less Scheduled, 2024).
+    """
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's state, and store every tensor in the memory order of its parameter.
+
+    The fused and foreach kernels assume that both have the same order. Otherwise a contiguous run would read the state of a
+    channels-last run in the wrong order. Raises `UserError` if the parameter groups do not match.
+    """
+    own = optimizer.param_groups
+    _check_groups(state["param_groups"], own)
+    # this run chooses the kernels of the update; torch would use the checkpoint's choice
+    switches = [{name: group[name] for name in ("foreach", "fused", "capturable") if name in group} for group in own]
+    groups = [{**saved, **ours} for saved, ours in zip(state["param_groups"], switches, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _check_groups(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
+    """Compare sizes, and names if both sides have them. torch matches parameters only by position."""
+    sizes, own_sizes = ([len(group["params"]) for group in groups] for groups in (saved, own))
+    unlike = [
+        f"{before} instead of {name}"
+        for old, new in zip(saved, own, strict=False)
+        for before, name in zip(old.get("param_names", ()), new.get("param_names", ()), strict=False)
+        if before != name
+    ]
+    if sizes != own_sizes or unlike:
+        found = f"with {unlike[0]}" if sizes == own_sizes else f"of {sizes} parameters, expected {own_sizes}"
+        raise UserError(
+            f"the checkpoint's optimizer has parameter groups {found}; use the optimizer that wrote it, or start a new run "
+            f"from its weights with model.init"
+        )
+
+
+def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: Literal["constant", "cosine"]) -> float:
+    """Return the factor on the peak learning rate for the update after `step` completed ones.
+
+    The factor rises linearly over the first `warmup_steps` updates, from 1 / `warmup_steps`. Then it stays at 1, or falls
+    along half a cosine, (1 + cos(pi t)) / 2, to 0 at `total_steps` (Loshchilov and Hutter, SGDR, 2017).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    return (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps))) / 2
+
+
+def effective_lr(optimizer: Optimizer) -> float | None:
+    """Return Adam's learning rate with bias correction for the first parameter group.
+
+    It is `lr * sqrt(1 - beta2^t) / (1 - beta1^t)` (Kingma and Ba, Adam, 2015, section 2), where t is Adam's own step count,
+    which the clamp limits. None before the first step and for other optimizers. Waits for the device.
+    """
+    counts = (state["step"] for state in optimizer.state.values() if "step" in state)  # a frozen parameter has none
+    if not isinstance(optimizer, Adam) or (count := next(counts, None)) is None or (step := float(count)) < 1:
+        return None
+    group = optimizer.param_groups[0]
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    lr = float(group["lr"])
+    correction: float = math.sqrt(1 - beta2**step) / (1 - beta1**step)
+    return lr * correction
+
+
+class AdamStepClamp:
+    """Keeps Adam's own step count below `limit` while `active`: a count that reaches the limit is reset to `reset_to`.
+
+    The original script does this between `backward` and `step`. This hook runs before every `step`, and works with all of
+    torch's Adam implementations. Each count changes on its device, so nothing waits. The count is part of the optimizer's
+    state, so it is correct after a resume.
+    """
+
+    def __init__(self, optimizer: Optimizer, limit: int, reset_to: int) -> None:
+        self.limit = limit
+        self.reset_to = reset_to
+        self.active = False
+        optimizer.register_step_pre_hook(self._clamp)
+
+    def _clamp(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self.active:
+            return
+        for state in optimizer.state.values():
+            # the original script assigns an int, `state["step"] = 1000`; torch now requires a tensor
+            state["step"].masked_fill_(state["step"] >= self.limit, self.reset_to)
+
+
+class Schedule:
+    """Sets the learning rates, and activates the clamp, before each update.
+
+    The schedule multiplies the initial learning rate of each parameter group. It reads the initial rates when it is built, so
+    build it before the optimizer loads a checkpoint: a checkpoint has the `lr` of the step at which it was saved.
+    """
+
+    def __init__(self, optimizer: Optimizer, config: OptimConfig, *, steps_per_epoch: int, epochs: int) -> None:
+        self.optimizer = optimizer
+        self.config = config
+        # torch's schedulers store it in `initial_lr`; stored here, as checkpoints of built-in optimizers lack that key
+        self.initial_lrs = [
+            float(group.get("initial_lr", group.get("lr", config.lr))) for group in optimizer.param_groups
+        ]
+        self.total_steps = epochs * steps_per_epoch
+        self.warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+        self.clamp_after_step = config.step_clamp.after_epoch * steps_per_epoch
+        self.clamp: AdamStepClamp | None = None
+        if config.step_clamp.enabled and isinstance(optimizer, Adam):  # AdamW inherits from Adam
+            self.clamp = AdamStepClamp(optimizer, config.step_clamp.limit, config.step_clamp.reset_to)
+
+    def before_step(self, step: int) -> float:
+        """Prepare the optimizer for the update after `step` completed ones; return the first group's learning rate."""
+        factor = lr_factor(
+            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, schedule=self.config.schedule
+        )
+        for group, initial_lr in zip(self.optimizer.param_groups, self.initial_lrs, strict=True):
+            group["lr"] = initial_lr * factor
+        if self.clamp:
+            self.clamp.active = step >= self.clamp_after_step
+        return self.initial_lrs[0] * factor

@@ -1,0 +1,125 @@
+"""The progress of a run."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ddp_cifar.config import TrainConfig
+from ddp_cifar.data.dataset import is_same_data
+from ddp_cifar.errors import UserError
+from ddp_cifar.log import log
+from ddp_cifar.run.checkpoint_file import State
+from ddp_cifar.training.totals import Totals
+
+
+@dataclass
+class Progress:
+    """The progress of a run. A resume needs it, the config and the weights."""
+
+    epoch: int = 0
+    """Epochs completed."""
+    step_in_epoch: int = 0
+    """Steps completed in the current epoch."""
+    step: int = 0
+    """Steps completed in the run."""
+    evaluating: bool = False
+    """True if the steps of the epoch (or of the run) are completed and its evaluation is not."""
+    train: Totals = dataclasses.field(default_factory=Totals)
+    """Sums over the images that the current epoch has trained on, without those in `window`."""
+    window: Totals = dataclasses.field(default_factory=Totals)
+    """Sums over the images since the last row of scalars."""
+    results: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The scalars of the last evaluation, such as `test/accuracy`."""
+    best_val_accuracy: float = -1.0
+    best_step: int | None = None
+    """The step of `best_val_accuracy`; None without validation images."""
+    updates: int = 0
+    """Steps whose update was not skipped."""
+    data: str = ""
+    """A description of the training data and a checksum of its labels. Steps and sample ids are only valid for these data."""
+    conditions: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Other conditions that affect results, derived from the hardware and the number of ranks."""
+
+    def advance(self, end_of_epoch: int, *, updated: bool = True) -> None:
+        """Count a step of an epoch that ends after `end_of_epoch` steps. `updated`: False if its update was skipped."""
+        self.step += 1
+        self.step_in_epoch += 1
+        self.updates += updated
+        self.evaluating = self.step_in_epoch == end_of_epoch
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over the images of the current epoch."""
+        return self.train + self.window
+
+    def record(self, results: dict[str, float]) -> bool:
+        """Store the scalars of an evaluation; return True if its validation accuracy is the best so far."""
+        self.results = results
+        accuracy = results.get("val/accuracy", -1.0)
+        if accuracy <= self.best_val_accuracy:
+            return False
+        self.best_val_accuracy, self.best_step = accuracy, self.step
+        return True
+
+    def end_epoch(self, *, is_whole: bool) -> None:
+        """Mark the evaluation as done. If the epoch is complete, count it and reset the counters for the next one."""
+        self.evaluating = False
+        if is_whole:
+            self.epoch += 1
+            self.step_in_epoch = 0
+            self.train = self.window = Totals()
+
+    def is_finished(self, train: TrainConfig) -> bool:
+        """True if `train` requires no further step and the last step has been evaluated."""
+        enough = self.epoch >= train.epochs or (train.max_steps is not None and self.step >= train.max_steps)
+        return enough and not self.evaluating
+
+    def state_dict(self) -> State:
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load `state`. Fields that an older checkpoint lacks keep their values. Raises `UserError` for an unknown field."""
+        fields = {"updates": state.get("step", 0), **state}  # older checkpoints do not count updates
+        try:
+            for name in {"train", "window"} & fields.keys():
+                fields[name] = Totals(**fields[name])
+            loaded = dataclasses.replace(self, **fields)
+        except TypeError as error:
+            raise UserError(
+                f"the checkpoint was written by another version of ddp_cifar ({error}); resume with that version, or start "
+                f"a new run from its weights with model.init"
+            ) from error
+        vars(self).update(vars(loaded))
+
+    def resume(self, state: Mapping[str, Any], source: str) -> None:
+        """Continue from the progress in the checkpoint `source`, and warn about conditions that change results.
+
+        Conditions that only one side has are not compared. Raises `UserError` if the checkpoint is from other data.
+        """
+        before = Progress()
+        before.load_state_dict(state)
+        if not is_same_data(before.data, self.data):
+            raise UserError(
+                f"{source} was trained on other data ({before.data}), found {self.data}; "
+                f"restore the original data, or start a new run with another run_dir"
+            )
+        for name, value in self.conditions.items():
+            if (old := before.conditions.get(name, value)) != value:
+                log.warning(f"{name} was {old} in {source} and is now {value}: results will differ")
+        vars(self).update(vars(before) | {"conditions": self.conditions})
+
+    def __str__(self) -> str:
+        names = {"train/accuracy": "train", "val/accuracy": "val", "test/accuracy": "test"}
+        accuracies = [
+            f"{name} accuracy {100 * self.results[tag]:.2f}%" for tag, name in names.items() if tag in self.results
+        ]
+        return ", ".join([f"epoch {self.epoch}, step {self.step}", *accuracies])
+
+
+class Stopped(Exception):
+    """Stops all ranks at the same call. The message is the reason."""
+
+
+class Failed(Exception):
+    """Raised on all ranks at the same call if the run cannot continue."""

@@ -1,0 +1,67 @@
+"""The precisions fp32, tf32, bf16 and fp16."""
+
+import copy
+
+import pytest
+import torch
+from helpers import (
+    TEN_STEPS,
+    config_of,
+    largest_difference,
+    make_trainer,
+    random_dataset,
+    take_step,
+    without_dropout,
+)
+from torch.amp.grad_scaler import GradScaler
+
+from ddp_cifar.data import build_dataset
+from ddp_cifar.distributed.world import World
+
+SETTINGS = (*TEN_STEPS, "train.micro_batch_size=16")
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_fp16_skips_an_update_that_overflows_and_continues(alone: World, name: str) -> None:
+    """A skipped first update leaves no trace: the next update is small, although the moments were not initialized before."""
+    config = config_of(*SETTINGS, "precision=fp16", f"optim.name={name}", "optim.momentum=0.9", "train.max_steps=4")
+    trainer = make_trainer(alone, config, random_dataset(96, image_size=8))
+    trainer.train_step.scaler = GradScaler("cpu", init_scale=2.0**40)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.model.train()
+    steps = trainer.train_loader.steps(0)
+    take_step(trainer, next(steps))
+    assert torch.equal(trainer.model.state_dict()["fc_layer.6.weight"], before["fc_layer.6.weight"])
+    assert trainer.train_step.scaler.get_scale() == 2.0**39
+    trainer.train_step.scaler = GradScaler("cpu", init_scale=2.0**10)
+    take_step(trainer, next(steps))
+    assert not torch.equal(trainer.model.state_dict()["fc_layer.6.weight"], before["fc_layer.6.weight"])
+    assert trainer.train_step.scaler.get_scale() == 2.0**10
+    parameters = dict(trainer.model.named_parameters())
+    assert 0 < largest_difference(parameters, {key: before[key] for key in parameters}) < 0.5
+
+
+def test_fp16_gradients_equal_fp32_gradients_up_to_rounding(alone: World) -> None:
+    gradients = {}
+    for precision in ("fp32", "fp16"):
+        trainer = make_trainer(alone, config_of(*SETTINGS, f"precision={precision}"), random_dataset(32, image_size=8))
+        without_dropout(trainer.model)
+        trainer.train_step.scaler = GradScaler("cpu", init_scale=2.0**10, enabled=precision == "fp16")
+        trainer.model.train()
+        take_step(trainer, next(trainer.train_loader.steps(0)))
+        gradients[precision] = trainer.model.fc_layer[6].weight.grad
+    difference = (gradients["fp16"] - gradients["fp32"]).norm() / gradients["fp32"].norm()
+    assert 0 < difference < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_every_precision_learns_on_a_gpu(precision: str) -> None:
+    from ddp_cifar.distributed.rendezvous import open_world
+
+    arguments = ("train.global_batch_size=64", "train.micro_batch_size=32", "train.epochs=8", "optim.warmup_epochs=0.5")
+    with open_world("cuda") as world:
+        config = config_of(*arguments, f"precision={precision}", "data.name=shapes", "data.shapes.train_images=2000")
+        trainer = make_trainer(world, config, build_dataset(config.data, world))
+        trainer.fit()
+    assert trainer.progress.results["test/accuracy"] > 0.8

@@ -1,0 +1,68 @@
+"""Warm-up and compiled steps."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import SMALL, Rows, config_of, make_trainer, random_dataset
+from ranks import RankPool
+from test_mistakes import TINY
+
+from ddp_cifar.data.sampler import StepSampler, plan_batches
+from ddp_cifar.distributed.world import World
+from ddp_cifar.training import build
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_a_compiled_step_equals_an_eager_step_on_two_ranks(ranks: RankPool) -> None:
+    """With DDP, gradient accumulation, a short batch and averaged weights. The check that rejects a CPU is disabled."""
+    eager, compiled = (ranks.run(_compiled_on_the_cpu, 2, mode) for mode in ("off", "default"))
+    assert compiled[0] == pytest.approx(eager[0], abs=1e-4)
+    assert compiled[0] != eager[0], "the kernels differ"
+    assert compiled[0] == compiled[1]
+
+
+def _compiled_on_the_cpu(world: World, mode: str) -> list[float]:
+    build.COMPILED_ON.add("cpu")
+    try:
+        return _first_losses(world, "device=cpu", "train.ema_decay=0.9", f"train.compile={mode}")
+    finally:
+        build.COMPILED_ON.remove("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_on_a_gpu_a_compiled_step_equals_an_eager_step(ranks: RankPool, mode: str) -> None:
+    """Equal up to rounding, with a short last batch and without dropout (torch.compile draws it in a different order)."""
+    (eager,) = ranks.run(_first_losses, 1, "device=cuda", "train.compile=off")
+    (compiled,) = ranks.run(_first_losses, 1, "device=cuda", f"train.compile={mode}")
+    assert compiled == pytest.approx(eager, abs=1e-3)
+
+
+def _first_losses(world: World, *arguments: str) -> list[float]:
+    config = config_of(*SMALL, "precision=fp32", "model.name=resnet9", "optim.lr=1e-5", *arguments)
+    trainer = make_trainer(world, config, random_dataset(44, test=10))
+    rows = Rows()
+    trainer.fit(rows)
+    return [float(row[tag]) for row in rows.rows for tag in ("train/loss", "test/loss") if tag in row]
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "sizes"),
+    [(512, 64, [64, 42]), (128, 32, [32, 20]), (512, 512, [512, 336]), (500, 50, [50]), (512, 100, [86, 85, 56])],
+)
+def test_only_the_micro_batch_sizes_of_an_epoch_are_compiled(batch: int, micro: int, sizes: list[int]) -> None:
+    train = config_of(f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}").train
+    plan = plan_batches(train, 1, 50_000)
+    assert plan.micro_batch_sizes() == sizes
+    steps = StepSampler(plan, 0, seed=0).steps(0)
+    assert sorted({len(m.indices) for step in steps for m in step.micro_batches}, reverse=True) == sizes
+
+
+def test_torch_compile_needs_a_gpu(train: Callable[..., Any], tmp_path: Path) -> None:
+    outcome = train(*TINY, "train.compile=default", "device=cpu", f"run_dir={tmp_path}/run")
+    assert outcome.status == 2
+    assert "train.compile=default needs a GPU, found device cpu; use train.compile=off" in outcome.err
