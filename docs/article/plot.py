@@ -1,8 +1,8 @@
-"""The article's printed table beside a run's metrics.jsonl: a plot (PNG), and the same as a Markdown table.
+"""Compare a run's metrics.jsonl with the original script's published table, as a plot (PNG) and a Markdown table.
 
     python docs/article/plot.py RUN_DIR/metrics.jsonl docs/article/curves.png
 
-`article.csv`, beside this script, is the table as the article prints it. Needs matplotlib (`pip install -e '.[dev]'`).
+`article.csv`, next to this script, is the published table. Needs matplotlib (`pip install -e '.[dev]'`).
 """
 
 import csv
@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 
 
 class Epoch(NamedTuple):
-    """The article's three figures; accuracies in %."""
+    """The three published figures of an epoch; accuracies in %."""
 
     loss: float
     train_accuracy: float
@@ -27,12 +27,13 @@ class Epoch(NamedTuple):
 
 
 def read_article() -> dict[int, Epoch]:
+    """Return the published figures by epoch."""
     with open(Path(__file__).with_name("article.csv"), encoding="utf-8") as file:
         return {int(row[0]): Epoch(*map(float, row[1:])) for row in list(csv.reader(file))[1:]}
 
 
 def read_metrics(path: Path) -> dict[int, Epoch]:
-    """Each evaluated epoch of a run."""
+    """Return the evaluated epochs of a run."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {
         int(row["train/epoch"]): Epoch(row["train/epoch_loss"], 100 * row["train/accuracy"], 100 * row["test/accuracy"])
@@ -42,22 +43,20 @@ def read_metrics(path: Path) -> dict[int, Epoch]:
 
 
 def plot(ours: dict[int, Epoch], article: dict[int, Epoch], path: Path, clamp_from: int = 18) -> None:
-    """Loss on the left, accuracies on the right; a dashed line where the step clamp begins to act."""
+    """Plot the loss on the left and accuracies on the right; a dashed line marks the first epoch of the step clamp."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for epochs, name, colour in ((article, "the article", "tab:orange"), (ours, "ddp_cifar", "tab:blue")):
-        left.plot(list(epochs), [epoch.loss for epoch in epochs.values()], color=colour, label=name)
+    for epochs, name, color in ((article, "original script", "tab:orange"), (ours, "ddp_cifar", "tab:blue")):
+        left.plot(list(epochs), [epoch.loss for epoch in epochs.values()], color=color, label=name)
         right.plot(
             list(epochs),
             [epoch.train_accuracy for epoch in epochs.values()],
             ":",
-            color=colour,
-            label=f"{name}, training",
+            color=color,
+            label=f"{name}, train",
         )
-        right.plot(
-            list(epochs), [epoch.test_accuracy for epoch in epochs.values()], color=colour, label=f"{name}, test"
-        )
-    for axes, title, place in ((left, "training loss", "upper right"), (right, "accuracy, %", "lower right")):
-        axes.axvline(clamp_from, color="grey", linestyle="--", linewidth=1, label="step clamp begins")
+        right.plot(list(epochs), [epoch.test_accuracy for epoch in epochs.values()], color=color, label=f"{name}, test")
+    for axes, title, place in ((left, "train loss", "upper right"), (right, "accuracy, %", "lower right")):
+        axes.axvline(clamp_from, color="gray", linestyle="--", linewidth=1, label="step clamp starts")
         axes.set(xlabel="epoch", title=title)
         axes.grid(alpha=0.3)
         axes.legend(loc=place)
@@ -65,9 +64,9 @@ def plot(ours: dict[int, Epoch], article: dict[int, Epoch], path: Path, clamp_fr
 
 
 def markdown(ours: dict[int, Epoch], article: dict[int, Epoch], shown: Sequence[int]) -> str:
-    """The epochs `shown` that the run has, a row each."""
+    """Return a table with one row per epoch in `shown` that the run has, and the mean distances."""
     lines = [
-        "| epoch | loss | training accuracy | test accuracy | the article: loss | training accuracy | test accuracy |",
+        "| Epoch | Loss | Train accuracy | Test accuracy | Original script: loss | Train accuracy | Test accuracy |",
         "|---|---|---|---|---|---|---|",
     ]
     for number in shown:
@@ -79,9 +78,7 @@ def markdown(ours: dict[int, Epoch], article: dict[int, Epoch], shown: Sequence[
             lines.append(f"| {number} | {' | '.join(cells)} |")
     both = [number for number in ours if number in article]
     loss, train, test = (sum(abs(ours[n][i] - article[n][i]) for n in both) / len(both) for i in range(3))
-    lines.append(
-        f"\nMean distance over {len(both)} epochs: {loss:.3f} in loss, {train:.1f} points in training accuracy, "
-    )
+    lines.append(f"\nMean distance over {len(both)} epochs: {loss:.3f} in loss, {train:.1f} points in train accuracy, ")
     lines[-1] += f"{test:.1f} in test accuracy."
     return "\n".join(lines)
 
