@@ -1,4 +1,4 @@
-# `make demo` and `make test` do their own set-up. PYTHON names another interpreter, VENV another environment.
+# All targets except help and clean set up the environment first, if needed. PYTHON selects the interpreter, VENV the folder.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
@@ -8,32 +8,32 @@ RUN := PATH="$(BIN):$$PATH"
 KILLS ?= 200
 
 help:
-	@echo "make demo       set up, then train on 2 processes with the embedded images (under two minutes after set-up)"
-	@echo "make dashboard  TensorBoard over runs/"
-	@echo "make test       set up, then lint and the fast tests (under 10 minutes)"
-	@echo "make test-all   the same with the slow tests"
-	@echo "make soak       set up, then kill real runs KILLS=200 times and compare them with unbroken ones (half an hour)"
-	@echo "make lint       ruff, mypy --strict, shellcheck"
-	@echo "make install    only set up $(VENV)"
-	@echo "make clean      remove $(VENV) and caches; runs/ and data/ stay"
+	@echo "make demo       train on 2 processes with generated images (under two minutes after the set-up)"
+	@echo "make dashboard  start TensorBoard for runs/"
+	@echo "make test       run the linters and the fast tests (under 10 minutes)"
+	@echo "make test-all   run the linters and all tests"
+	@echo "make soak       kill real runs KILLS=200 times and compare them with uninterrupted runs (half an hour)"
+	@echo "make lint       run ruff, mypy --strict and shellcheck"
+	@echo "make install    set up $(VENV) with all dependencies"
+	@echo "make clean      remove $(VENV) and caches, but not runs/ and data/"
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@echo "== Setting up $(VENV): torch, torchvision and the rest (a few minutes, once)"
+	@echo "== Setting up $(VENV) with torch, torchvision and the other dependencies (once, a few minutes)"
 	@$(PYTHON) -m venv $(VENV) || { \
-	  echo "error: $(PYTHON) cannot make an environment; on Debian: apt-get install python3-venv"; exit 1; }
+	  echo "error: $(PYTHON) cannot create a virtual environment; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch torchvision
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: install
-	@echo "== Training the CNN on 2 processes with the embedded images; an earlier demo in runs/demo is removed"
+	@echo "== Training the CNN on 2 processes with generated images (removes an earlier runs/demo)"
 	@rm -rf runs/demo
 	@$(RUN) NPROC_PER_NODE=2 launch/local.sh configs/demo.yaml
 	@echo
-	@echo "== The model is trained. Its curves: make dashboard (or: $(BIN)/tensorboard --logdir runs), then http://localhost:6006"
-	@echo "== The last checkpoint is runs/demo/checkpoints/latest.pt; every scalar is in runs/demo/metrics.jsonl"
+	@echo "== Training is done. To see the curves: make dashboard, then open http://localhost:6006"
+	@echo "== Last checkpoint: runs/demo/checkpoints/latest.pt; metrics: runs/demo/metrics.jsonl"
 
 dashboard: install
 	$(BIN)/tensorboard --logdir runs
@@ -46,11 +46,11 @@ lint: install
 	@$(BIN)/shellcheck -x launch/*.sh slurm/*.sh tests/slurm/*.sh .ci/run
 
 test: lint
-	@echo "== Tests: the fast part (make test-all runs all of them)"
+	@echo "== Tests: the fast ones (make test-all runs all)"
 	@$(RUN) pytest -m "not slow"
 
 test-all: lint
-	@echo "== Tests: all of them"
+	@echo "== Tests: all"
 	@$(RUN) pytest
 
 soak: install

@@ -1,4 +1,7 @@
-"""What `startup.py` compares with: torch, a group, one step. `torchrun --nproc_per_node=2 benchmarks/bare_ddp.py IMAGES`"""
+"""A bare script that `startup.py` compares with: import torch, open a process group, run one step.
+
+torchrun --nproc_per_node=2 benchmarks/bare_ddp.py IMAGES
+"""
 
 import os
 import sys
@@ -12,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 def main() -> None:
     dist.init_process_group("gloo")
-    # the network of ddp_cifar.models.cnn, without importing any of the package
+    # the network of ddp_cifar.models.cnn, without importing the package
     widths = [(3, 32), (32, 64), (64, 128), (128, 128), (128, 256), (256, 256)]
     layers: list[nn.Module] = []
     for i, (before, after) in enumerate(widths):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the data of the usual way, rounds in which contenders take turns, and a table of the results."""
+"""Parts shared by the benchmarks: options, random CIFAR-10 data, trainers, and the table of results."""
 
 import argparse
 import json
@@ -14,20 +14,20 @@ import torch
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
-from ddp_cifar import benchmark
-from ddp_cifar.benchmark import Rates
 from ddp_cifar.config import load_config
 from ddp_cifar.data.augment import MEAN, STD
 from ddp_cifar.data.dataset import DataSet, Split
-from ddp_cifar.distributed import World
-from ddp_cifar.tracking import NullTracker, Tracker, build_tracker
-from ddp_cifar.train import TABLES
-from ddp_cifar.trainer import Trainer
+from ddp_cifar.distributed.world import World
+from ddp_cifar.tracking import build_tracker
+from ddp_cifar.tracking.base import NullTracker, Tracker
+from ddp_cifar.training.build import build_trainer
+from ddp_cifar.training.throughput import Rates
+from ddp_cifar.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many times as fast `contender` should be as `reference`."""
+    """A target: `contender` should be `target` times as fast as `reference`."""
 
     contender: str
     reference: str
@@ -35,18 +35,16 @@ class Comparison:
 
 
 def arguments(shows: str, *, rounds: int) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """Return a parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=shows)
-    parser.add_argument(
-        "--rounds", type=int, default=rounds, help=f"slices of each contender that are timed ({rounds})"
-    )
-    parser.add_argument("--batch", type=int, default=128, help="images a batch, on each rank (128)")
-    parser.add_argument("--json", type=Path, help="write the results to this file too")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"timed slices per contender ({rounds})")
+    parser.add_argument("--batch", type=int, default=128, help="images per batch and rank (128)")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     return parser
 
 
 def random_cifar10(num_images: int) -> CIFAR10:
-    """torchvision's CIFAR-10 with the tutorials' transforms, over random images: no download, the same work an image."""
+    """Return torchvision's CIFAR-10 with the tutorials' transforms and random images: the same work per image, no download."""
     random = np.random.default_rng(0)
     dataset = CIFAR10.__new__(CIFAR10)
     dataset.data = random.integers(256, size=(num_images, 32, 32, 3), dtype=np.uint8)
@@ -64,54 +62,54 @@ def random_cifar10(num_images: int) -> CIFAR10:
 
 
 def split_of(dataset: CIFAR10) -> Split:
-    """The same images as ddp_cifar holds them."""
+    """Return the same images in ddp_cifar's form."""
     return Split.of(torch.from_numpy(dataset.data).permute(0, 3, 1, 2), torch.tensor(dataset.targets))
 
 
 def make_trainer(world: World, data: DataSet, *arguments: str) -> Trainer:
-    """As the command builds it from these arguments, but that it saves nothing."""
-    return benchmark.make_trainer(world, data, load_config(arguments, TABLES))
+    """Build a trainer from command-line arguments, as the command does, but without checkpoints."""
+    return build_trainer(load_config(arguments), world, data)
 
 
 def batch_sizes(world: World, batch: int, micro: int | None = None) -> list[str]:
-    """The settings for `batch` images a step on each rank, in micro-batches of as many, or of `micro`."""
+    """Return the settings for `batch` images per step and rank, in one micro-batch, or in micro-batches of `micro`."""
     return [f"train.global_batch_size={batch * world.world_size}", f"train.micro_batch_size={micro or batch}"]
 
 
 def title_of(trainer: Trainer, batch: int, slices: str) -> str:
-    """What is measured: ranks, images, threads, precision, and what a slice is."""
+    """Return a title that says what is measured: ranks, images, threads, precision, and the slice."""
     world = trainer.world
     return (
-        f"{world.world_size} ranks x {batch} images on {world.device.type}, {torch.get_num_threads()} threads a rank, "
-        f"{trainer.precision}, {slices}"
+        f"{world.world_size} ranks x {batch} images on {world.device.type}, {torch.get_num_threads()} CPU threads per rank, "
+        f"{trainer.train_step.precision}, {slices}"
     )
 
 
 def tracker_in(folder: Path, world: World) -> Tracker:
-    """As a run has it: rank 0 writes."""
+    """Return the tracker of a run: rank 0 writes into `folder`, other ranks write nothing."""
     if not world.is_main:
         return NullTracker()
     return build_tracker(folder / "metrics.jsonl", folder / "tensorboard", 0)
 
 
 def fastest(rates: Rates, names: Sequence[str]) -> str:
-    """The one of `names` with the highest median."""
+    """Return the name with the highest median rate."""
     return max(names, key=lambda name: statistics.median(rates[name]))
 
 
 def report(
     title: str, rates: Rates, comparisons: Sequence[Comparison], json_file: Path | None, unit: str = "images/s"
 ) -> None:
-    """Print tables in Markdown of the rates, and of the comparisons by each round's ratio; write all to `json_file`."""
+    """Print Markdown tables of the rates and of each round's ratios, and write all of it to `json_file`."""
     rounds = len(next(iter(rates.values())))
     print(f"\n{title}, {rounds} rounds\n")
-    print(f"| | {unit}, median | min - max |")
+    print(f"| Contender | {unit}, median | min - max |")
     print("|---|---|---|")
     for name, values in rates.items():
         digits = 0 if min(values) > 10 else 3
         low, middle, high = (f"{rate:,.{digits}f}" for rate in (min(values), statistics.median(values), max(values)))
         print(f"| {name} | {middle} | {low} - {high} |")
-    print("\n| | times as fast, median | min - max | target | |")
+    print("\n| Comparison | Speedup, median | min - max | Target | Verdict |")
     print("|---|---|---|---|---|")
     results: list[dict[str, Any]] = []
     for comparison in comparisons:

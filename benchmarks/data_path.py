@@ -1,10 +1,10 @@
-"""Images/s that one core makes ready for training: ddp_cifar's loader, and a torchvision DataLoader.
+"""Images/s that one core prepares for training: ddp_cifar's loader against a torchvision DataLoader.
 
     python benchmarks/data_path.py
 
-Each reads whole epochs of 50,000 images in batches of 128, cropped, mirrored and normalised; they take turns. ddp_cifar does
-so in the process that trains, on one thread. The DataLoader does so in one worker, while this process only receives (the
-worker is the one core), and, for completeness, without a worker.
+The contenders take turns. Each reads whole epochs of 50,000 images in batches of 128, cropped, flipped and normalized. ddp_cifar
+does so on one thread of the training process. The DataLoader does so in one worker, while this process only receives batches,
+and, for completeness, without workers.
 """
 
 import time
@@ -15,19 +15,19 @@ from common import Comparison, arguments, random_cifar10, report, split_of
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
 
-from ddp_cifar.benchmark import take_turns
 from ddp_cifar.config import TrainConfig
 from ddp_cifar.data.loader import TrainLoader
 from ddp_cifar.data.sampler import StepSampler, plan_batches
+from ddp_cifar.training.throughput import take_turns
 
 TARGET = 15
 OURS, WORKER, NO_WORKER = "ddp_cifar", "DataLoader, workers=1", "DataLoader, workers=0"
 
 
 def main() -> None:
-    parser = arguments("images/s of ddp_cifar's data path and of one DataLoader worker", rounds=7)
+    parser = arguments("images/s of ddp_cifar's loader and of one DataLoader worker", rounds=7)
     parser.add_argument(
-        "--images", type=int, default=50_000, help="images an epoch, which is a slice (50000, as CIFAR-10)"
+        "--images", type=int, default=50_000, help="images per epoch; one epoch is one slice (50000, as in CIFAR-10)"
     )
     options = parser.parse_args()
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def timed(epoch: Callable[[], Iterable[object]], images: int) -> Callable[[], float]:
-    """A function that reads an epoch of `images` and returns its images/s."""
+    """Return a function that reads an epoch of `images` images and returns its images/s."""
 
     def measure() -> float:
         started = time.perf_counter()
@@ -56,7 +56,7 @@ def timed(epoch: Callable[[], Iterable[object]], images: int) -> Callable[[], fl
 
 
 def ours(dataset: CIFAR10, batch: int) -> Callable[[], Iterable[object]]:
-    """What a world of one rank trains on. The epoch's order and its table of crops and mirrors are part of it."""
+    """Return the micro-batches of one rank, including the cost of the epoch's order and its crops and flips."""
     train = TrainConfig(global_batch_size=batch, micro_batch_size=batch)
     sampler = StepSampler(plan_batches(train, world_size=1, num_images=len(dataset)), rank=0, seed=0)
     loader = TrainLoader(
@@ -66,7 +66,7 @@ def ours(dataset: CIFAR10, batch: int) -> Callable[[], Iterable[object]]:
 
 
 def loader(dataset: CIFAR10, batch: int, workers: int) -> Callable[[], Iterable[object]]:
-    """The usual way: one image after another."""
+    """Return batches of a torchvision DataLoader, which processes one image after another."""
     batches = DataLoader(dataset, batch_size=batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
     return lambda: batches
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# All figures that docs/performance.md has of a GPU, on one GPU, in under eight minutes:
+# Measure the GPU figures of docs/performance.md on one GPU, in under eight minutes:
 #
 #     benchmarks/gpu.sh FOLDER [DATA_ROOT]
 #
-# FOLDER gets a file a figure, and all.txt, what was printed. DATA_ROOT is a folder of images (data.name=imagefolder), such as
-# CIFAR-10's: without one, the runs on real images are left out. Lightning and Accelerate: pip install -e '.[peers]'; without
-# them they are left out.
+# FOLDER receives one file per figure, and all.txt with the output. DATA_ROOT is a folder of images (data.name=imagefolder), such as
+# CIFAR-10's; without it, runs on real images are skipped. Lightning and Accelerate are skipped unless they are installed:
+# pip install -e '.[peers]'.
 set -euo pipefail
 folder=${1:?expected benchmarks/gpu.sh FOLDER [DATA_ROOT]} data=${2:-}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -16,7 +16,7 @@ cd "$here/.."
 exec > >(tee "$folder/all.txt") 2>&1
 failed=0
 
-# part NAME COMMAND...: one figure; the others come also if it fails.
+# part NAME COMMAND...: measure one figure; if it fails, the others still run.
 part() {
   local name=$1 began=$SECONDS
   shift
@@ -29,7 +29,7 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 for mode in off default reduce-overhead; do
   for batch in 512 128; do
     micro=$batch
-    [ "$batch" = 512 ] || micro=32 # the article's
+    [ "$batch" = 512 ] || micro=32 # the original script's
     part "benchmark, batch $batch in $micro, compile $mode" python -m ddp_cifar.benchmark precision=bf16 "train.compile=$mode" \
       "train.global_batch_size=$batch" "train.micro_batch_size=$micro" --rounds 5 --json "$folder/benchmark-$batch-$mode.json"
   done
@@ -43,7 +43,7 @@ if [ -n "$data" ]; then
   part "the data, decoded once" python -m ddp_cifar.prepare "${real[@]}"
   began=$SECONDS
   part "article" python -m ddp_cifar.train configs/article.yaml "${real[@]}" train.compile=reduce-overhead "run_dir=$folder/article"
-  echo "== the article's recipe, from start to end: $((SECONDS - began)) s"
+  echo "== the original script's recipe, from start to end: $((SECONDS - began)) s"
   for seed in 0 1 2 3 4; do
     part "speed.yaml, seed $seed" python -m ddp_cifar.train configs/speed.yaml "${real[@]}" "seed=$seed" "run_dir=$folder/speed-$seed"
   done

@@ -1,6 +1,6 @@
-"""The same training by what else a user could pick, each as its own documentation has it, as slices of steps.
+"""The same training in plain DDP, Accelerate and Lightning, each as its documentation shows, in slices of steps.
 
-Lightning and Accelerate are an extra: `pip install -e .[peers]`.
+Lightning and Accelerate are optional: `pip install -e .[peers]`.
 """
 
 import logging
@@ -17,24 +17,24 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.datasets import CIFAR10
 
-from ddp_cifar.distributed import World
+from ddp_cifar.distributed.world import World
 from ddp_cifar.models.cnn import CNN
 
 Steps = Callable[[], None]
-"""Runs a slice of some training steps."""
+"""A function that runs a slice of training steps."""
 
 LR = 1e-3
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all of them train alike."""
+    """The settings that all contenders share."""
 
     dataset: CIFAR10
     batch: int
-    """Images a rank."""
+    """Images per rank and step."""
     steps: int
-    """Of a slice."""
+    """Steps per slice."""
     world: World
 
     @property
@@ -55,7 +55,7 @@ class Recipe:
 
 
 def plain_ddp(recipe: Recipe, workers: int) -> Steps:
-    """The loop of PyTorch's tutorials on DDP and on training a classifier: fp32."""
+    """Return the loop of PyTorch's tutorials on DDP and on training a classifier, in fp32."""
     device = recipe.world.device
     model = DistributedDataParallel(CNN().to(device), device_ids=[device.index] if recipe.on_cuda else None)
     optimizer = Adam(model.parameters(), lr=LR)
@@ -76,7 +76,7 @@ def plain_ddp(recipe: Recipe, workers: int) -> Steps:
 
 
 def accelerate(recipe: Recipe, workers: int) -> Steps:
-    """Hugging Face Accelerate, as its quick tour migrates a loop; bf16."""
+    """Return a loop of Hugging Face Accelerate in bf16, migrated as in its quick tour."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision="bf16", cpu=not recipe.on_cuda)
@@ -96,7 +96,7 @@ def accelerate(recipe: Recipe, workers: int) -> Steps:
 
 
 def lightning(recipe: Recipe, workers: int) -> Steps:
-    """Lightning's Trainer; bf16. Without its log, bar and checkpoints."""
+    """Return a run of Lightning's Trainer in bf16, without logger, progress bar and checkpoints."""
     import lightning as L
 
     class Module(L.LightningModule):
@@ -142,9 +142,9 @@ def lightning(recipe: Recipe, workers: int) -> Steps:
 
 
 def in_slices(loop: Callable[[Callable[[], None]], None]) -> Steps:
-    """A loop that owns the training, as slices: it runs on a thread, which waits wherever the loop calls its argument.
+    """Return a function that runs the next slice of a loop that controls the training.
 
-    One of the two threads runs at a time.
+    The loop runs on a thread, which waits whenever it calls its argument. Only one of the two threads runs at a time.
     """
     go, done = threading.Semaphore(0), threading.Semaphore(0)
     errors: list[BaseException] = []
@@ -156,7 +156,7 @@ def in_slices(loop: Callable[[Callable[[], None]], None]) -> Steps:
     def run_loop() -> None:
         try:
             loop(slice_ended)
-            raise RuntimeError("the loop has ended before the benchmark")
+            raise RuntimeError("the loop ended before the benchmark")
         except BaseException as error:
             errors.append(error)
             done.release()
@@ -166,7 +166,7 @@ def in_slices(loop: Callable[[Callable[[], None]], None]) -> Steps:
     def run() -> None:
         if thread.ident is None:
             thread.start()
-            done.acquire()  # it is before its first step
+            done.acquire()  # the loop is before its first step
         go.release()
         done.acquire()
         if errors:

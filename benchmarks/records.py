@@ -1,9 +1,9 @@
-"""images/s with what a run records of itself on, and the same run with it off: metrics, TensorBoard, progress bar, rank's log.
+"""Cost of tracking: images/s with metrics, TensorBoard and the progress bar, and without them.
 
     torchrun --nproc_per_node=2 benchmarks/records.py
 
-On: a row each 20 steps, as by default, twice in a slice of 40 steps. Off: none of it. Then: the seconds of a set of TensorBoard's
-pictures of 10,000 test images, for which the run waits every `tracking.pictures_every` epochs.
+On: one row per 20 steps, as by default, twice per slice of 40 steps. Off: no rows. The script then times a set of TensorBoard
+pictures of 10,000 test images, for which a run waits every `tracking.pictures_every` epochs.
 """
 
 import contextlib
@@ -15,17 +15,19 @@ from pathlib import Path
 import torch
 from common import Comparison, arguments, batch_sizes, make_trainer, report, title_of, tracker_in
 
-from ddp_cifar import dashboard
-from ddp_cifar.benchmark import NEVER, random_dataset, take_turns, timed, train_on
-from ddp_cifar.distributed import open_world
+from ddp_cifar.config import Config
+from ddp_cifar.data import DataSet
+from ddp_cifar.distributed.rendezvous import open_world
 from ddp_cifar.tracking import build_tracker
+from ddp_cifar.tracking.dashboard import Dashboard
+from ddp_cifar.training.throughput import NEVER, random_dataset, take_turns, timed, train_on
 
 TARGET = 0.99
 
 
 def main() -> None:
-    parser = arguments("images/s with what a run records, and without", rounds=7)
-    parser.add_argument("--steps", type=int, default=40, help="steps a slice (40)")
+    parser = arguments("images/s with tracking and without", rounds=7)
+    parser.add_argument("--steps", type=int, default=40, help="steps per slice (40)")
     options = parser.parse_args()
     with open_world("cpu") as world, tempfile.TemporaryDirectory() as folder:
         images = options.steps * options.batch * world.world_size
@@ -41,23 +43,23 @@ def main() -> None:
         with contextlib.closing(tracker_in(Path(folder), world)) as on.tracker:
             rates = take_turns(contenders, options.rounds)
         if world.is_main:
-            title = title_of(on, options.batch, f"{options.steps} steps a slice")
+            title = title_of(on, options.batch, f"{options.steps} steps per slice")
             report(title, rates, [Comparison("on", "off", TARGET)], options.json)
             seconds = seconds_of_pictures(Path(folder), options.rounds)
             print(f"\npictures: {statistics.median(seconds):.2f} s ({min(seconds):.2f} - {max(seconds):.2f})")
 
 
 def seconds_of_pictures(folder: Path, rounds: int) -> list[float]:
-    """Of a set of them; the first, which loads what draws them, does not count."""
+    """Return the seconds per set of pictures, without the first set, which imports the drawing code."""
     split = random_dataset(10_000).train
-    logits = torch.randn(len(split), 10)
-    names = [f"class {i}" for i in range(10)]
+    dataset = DataSet(split, split, tuple(f"class {i}" for i in range(10)))
+    logits = torch.randn(len(split), len(dataset.classes))
     seconds = []
     with contextlib.closing(build_tracker(folder / "pictures.jsonl", folder / "pictures", 0)) as tracker:
+        dashboard = Dashboard(tracker, Config(), dataset)
         for step in range(rounds + 1):
             started = time.perf_counter()
-            for add in (dashboard.add_confusion, dashboard.add_wrong_images, dashboard.add_curves):
-                tracker.show(lambda board, add=add, step=step: add(board, "test", split, logits, names, step))
+            dashboard.show_evaluation(logits, step)
             seconds.append(time.perf_counter() - started)
     return seconds[1:]
 

@@ -1,26 +1,28 @@
-"""images/s with `train.reproducible`, the same bits on any number of ranks, and without it.
+"""Cost of bitwise identical results: images/s with `train.reproducible` and without.
 
-The two take turns in one process:
+The two take turns in the same processes:
 
     torchrun --nproc_per_node=2 benchmarks/reproducible.py
-    torchrun --nproc_per_node=2 benchmarks/reproducible.py --micro 32       # a rank accumulates four micro-batches
+    torchrun --nproc_per_node=2 benchmarks/reproducible.py --micro 32       # four micro-batches per rank
+    torchrun --nproc_per_node=3 benchmarks/reproducible.py --micro 64       # 6 micro-batches over 3 ranks
+    torchrun --nproc_per_node=3 benchmarks/reproducible.py --micro 48       # 8 micro-batches over 3 ranks
 """
 
 import torch
 from common import Comparison, arguments, batch_sizes, make_trainer, report, title_of
 
-from ddp_cifar.benchmark import random_dataset, take_turns, timed, train_on
-from ddp_cifar.distributed import open_world
-from ddp_cifar.train import set_up_kernels
-from ddp_cifar.trainer import Trainer
+from ddp_cifar.distributed.rendezvous import open_world
+from ddp_cifar.training.build import set_up_kernels
+from ddp_cifar.training.throughput import random_dataset, take_turns, timed, train_on
+from ddp_cifar.training.trainer import Trainer
 
-TARGET = 0.9
+TARGET = 0.95
 
 
 def main() -> None:
     parser = arguments("images/s with train.reproducible and without", rounds=11)
-    parser.add_argument("--steps", type=int, default=3, help="steps a slice (3)")
-    parser.add_argument("--micro", type=int, help="images of a micro-batch (as --batch: a rank accumulates none)")
+    parser.add_argument("--steps", type=int, default=3, help="steps per slice (3)")
+    parser.add_argument("--micro", type=int, help="images per micro-batch (default: --batch, one micro-batch per rank)")
     options = parser.parse_args()
 
     with open_world("cpu") as world:
@@ -36,7 +38,7 @@ def main() -> None:
         }
 
         def slice_of(trainer: Trainer) -> None:
-            set_up_kernels(trainer.config.train, world)  # which are the process's, not the trainer's
+            set_up_kernels(trainer.config.train, world)  # kernel settings belong to the process, not the trainer
             train_on(trainer, options.steps)
 
         contenders = {
@@ -44,7 +46,7 @@ def main() -> None:
         }
         rates = take_turns(contenders, options.rounds)
         if world.is_main:
-            slices = f"micro-batches of {options.micro or options.batch}, {options.steps} steps a slice"
+            slices = f"micro-batches of {options.micro or options.batch}, {options.steps} steps per slice"
             title = title_of(trainers["on"], options.batch, slices)
             report(title, rates, [Comparison("on", "off", TARGET)], options.json)
 

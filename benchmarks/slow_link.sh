@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# benchmarks/hooks.py on two ranks, each in a network namespace of its own, with a link of RATE (tc's, 1gbit) between them:
+# Run benchmarks/hooks.py on two ranks in two network namespaces, connected by a link of RATE (as tc has it; default 1gbit):
 #
 #     benchmarks/slow_link.sh [RATE] [option of hooks.py ...]
 #
-# Needs root, iproute2 and the tbf queue of the kernel. 16 images a rank.
+# Needs root, iproute2 and the kernel's tbf queue. Uses 16 images per rank.
 set -euo pipefail
 rate=${1:-1gbit}
 [ $# = 0 ] || shift
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 names=("ddp$$a" "ddp$$b")
-# shellcheck disable=SC2317,SC2329 # by the trap
+# shellcheck disable=SC2317,SC2329 # called by the trap
 cleanup() {
   for name in "${names[@]}"; do
     ip netns pids "$name" 2>/dev/null | xargs -r kill 2>/dev/null || true

@@ -1,5 +1,7 @@
-"""images/s with all that lets a run survive on, and the same run with it off: the agreement to stop, the ledger, heartbeats,
-the comparison of replicas, and a checkpoint in every slice.
+"""Cost of fault tolerance: images/s with it and without.
+
+On: coordinated stopping, the sample ledger, heartbeats, the comparison of replicas, and one checkpoint per slice.
+Off: none of them.
 
     torchrun --nproc_per_node=2 benchmarks/survival.py
 """
@@ -10,19 +12,19 @@ from pathlib import Path
 
 from common import Comparison, arguments, batch_sizes, make_trainer, report, title_of
 
-from ddp_cifar.benchmark import NEVER, random_dataset, take_turns, timed, train_on
-from ddp_cifar.checkpoint import Checkpoints, NullCheckpoints
-from ddp_cifar.distributed import open_world
-from ddp_cifar.heartbeat import Heartbeat
-from ddp_cifar.stopping import Requests
-from ddp_cifar.trainer import Trainer
+from ddp_cifar.distributed.rendezvous import open_world
+from ddp_cifar.run.checkpoint_store import Checkpoints, NullCheckpoints
+from ddp_cifar.run.heartbeat import Heartbeat
+from ddp_cifar.run.stopping import Requests
+from ddp_cifar.training.throughput import NEVER, random_dataset, take_turns, timed, train_on
+from ddp_cifar.training.trainer import Trainer
 
 TARGET = 0.98
 
 
 def main() -> None:
-    parser = arguments("images/s with what lets a run survive, and without", rounds=11)
-    parser.add_argument("--steps", type=int, default=60, help="steps a slice, in which there is one checkpoint (60)")
+    parser = arguments("images/s with fault tolerance and without", rounds=11)
+    parser.add_argument("--steps", type=int, default=60, help="steps per slice, with one checkpoint each (60)")
     options = parser.parse_args()
 
     with open_world("cpu") as world, contextlib.ExitStack() as stack:
@@ -31,11 +33,11 @@ def main() -> None:
         data = random_dataset((options.rounds + 1) * images)
         common = [*batch_sizes(world, options.batch), "train.straggler_factor=null", "checkpoint.every_minutes=null"]
         off = make_trainer(world, data, *common, f"train.agree_every={NEVER}", "train.fingerprint_every=null")
-        off.counter.ledger = None
+        off.metrics.counter.ledger = None
         on = make_trainer(world, data, *common)
         on.checkpoints = (Checkpoints if world.is_main else NullCheckpoints)(folder, keep=1)
-        on.requests = stack.enter_context(Requests(folder if world.is_main else None))
-        on.requests.catch_signals()
+        requests = on.ranks.requests = stack.enter_context(Requests(folder if world.is_main else None))
+        requests.catch_signals()
         heartbeat = Heartbeat(folder, folder, world, on.config.train.hang_timeout_s)
         on.heartbeat = stack.enter_context(heartbeat)
         stack.enter_context(heartbeat.watching())
@@ -51,7 +53,7 @@ def main() -> None:
         }
         rates = take_turns(contenders, options.rounds)
         if world.is_main:
-            title = title_of(on, options.batch, f"{options.steps} steps and a checkpoint a slice")
+            title = title_of(on, options.batch, f"{options.steps} steps and one checkpoint per slice")
             report(title, rates, [Comparison("on", "off", TARGET)], options.json)
 
 
