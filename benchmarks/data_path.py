@@ -15,9 +15,11 @@ from common import Comparison, arguments, random_cifar10, report, split_of
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
 
-from ddp_cifar.config import TrainConfig
+from ddp_cifar.config import AugmentConfig, TrainConfig
+from ddp_cifar.data.batch_plan import plan_batches
 from ddp_cifar.data.loader import TrainLoader
-from ddp_cifar.data.sampler import StepSampler, plan_batches
+from ddp_cifar.data.normalization import VALUES, Normalization
+from ddp_cifar.data.sampler import StepSampler
 from ddp_cifar.training.throughput import take_turns
 
 TARGET = 15
@@ -60,7 +62,14 @@ def ours(dataset: CIFAR10, batch: int) -> Callable[[], Iterable[object]]:
     train = TrainConfig(global_batch_size=batch, micro_batch_size=batch)
     sampler = StepSampler(plan_batches(train, world_size=1, num_images=len(dataset)), rank=0, seed=0)
     loader = TrainLoader(
-        split_of(dataset), sampler, seed=0, channels_last=train.channels_last, device=torch.device("cpu")
+        split_of(dataset),
+        Normalization(**VALUES["cifar10"]),
+        train.channels_last,
+        torch.device("cpu"),
+        sampler=sampler,
+        config=AugmentConfig(),
+        num_classes=10,
+        seed=0,
     )
     return lambda: (micro_batch for step in loader.steps(epoch=0) for micro_batch in step)
 

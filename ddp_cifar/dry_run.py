@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ddp_cifar.command import megabytes
-from ddp_cifar.config import Config
+from ddp_cifar.config import Config, ImageShape
 from ddp_cifar.data import DataSet, dataset_metadata
-from ddp_cifar.data.sampler import BatchPlan, advice, check_batch_size, plan_batches
+from ddp_cifar.data.batch_plan import BatchPlan, advice, check_batch_size, plan_batches
 from ddp_cifar.distributed.rendezvous import open_world_alone
 from ddp_cifar.models import build_model
 from ddp_cifar.models.weights import load_weights
@@ -41,11 +41,11 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
     with open_world_alone() as world:
         dataset = dataset_metadata(config.data, world)
     plan = plan_batches(config.train, world_size, len(dataset.train))
-    model = build_model(config.model, len(dataset.classes), dataset.train.image_size)
+    model = build_model(config.model, len(dataset.classes), dataset.train.image_shape)
     check_micro_batches(config, plan, model, dataset)
     if not resumed and config.model.init != "random":
         load_weights(model, load_init(config.model.init), config.model.init, new_head=True)
-    try_training(model, config, len(dataset.classes), dataset.train.image_size, _precision(config))
+    try_training(model, config, len(dataset.classes), dataset.train.image_shape, _precision(config))
     footprint = footprint_of(config, plan.micro_batch_size, dataset, model)
     size = functools.partial(megabytes, digits=0)
     lines = {
@@ -75,8 +75,9 @@ def _state(config: Config, resumed: Loaded | None) -> str:
 def _sizes(dataset: DataSet) -> str:
     splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items() if split)
-    size = dataset.train.image_size
-    return f"{sizes} images of {len(dataset.classes)} classes, {size} x {size} pixels"
+    channels, height, width = dataset.train.image_shape
+    kind = " grayscale" if channels == 1 else ""
+    return f"{sizes}{kind} images of {len(dataset.classes)} classes, {height} x {width} pixels"
 
 
 def _steps(config: Config, plan: BatchPlan) -> str:
@@ -108,7 +109,7 @@ def footprint_of(config: Config, micro_batch_size: int, dataset: DataSet, model:
     optimizer = build_optimizer(model, config.optim)
     weights = _num_bytes(model.state_dict())
     gradients = _num_bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
-    two, four = (_saved_bytes(model, count, dataset.train.image_size, _precision(config)) for count in (2, 4))
+    two, four = (_saved_bytes(model, count, dataset.train.image_shape, _precision(config)) for count in (2, 4))
     per_image = (four - two) / 2
     optimizer.step()
     moments = _num_bytes(optimizer.state_dict())
@@ -126,7 +127,7 @@ def _precision(config: Config) -> str:
     return "bf16" if config.precision == "auto" else config.precision
 
 
-def _saved_bytes(model: nn.Module, count: int, image_size: int, precision: str) -> int:
+def _saved_bytes(model: nn.Module, count: int, image_shape: ImageShape, precision: str) -> int:
     """Return the bytes that autograd keeps in a forward pass over `count` images, without parameters; then run backward."""
     kept: dict[int, Tensor] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -136,7 +137,7 @@ def _saved_bytes(model: nn.Module, count: int, image_size: int, precision: str) 
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor), autocast(precision, torch.device("cpu")):
-        logits = model.train()(torch.zeros(count, 3, image_size, image_size))
+        logits = model.train()(torch.zeros(count, *image_shape))
     logits.float().sum().backward()
     return sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own)
 

@@ -40,10 +40,12 @@ def main(argv: Sequence[str]) -> int:
     from ddp_cifar.data import build_dataset
     from ddp_cifar.data.dataset import choose_data_device, is_same_data
     from ddp_cifar.data.loader import EvalLoader
+    from ddp_cifar.data.normalization import normalization_of
     from ddp_cifar.inference import check_classes, open_trained, trained_model
     from ddp_cifar.tracking.figures import confusion_figure
     from ddp_cifar.tracking.quality import Quality
     from ddp_cifar.training.evaluation import evaluate_split, forward_pass
+    from ddp_cifar.training.loss import loss_function
     from ddp_cifar.training.precision import pick_precision
 
     with open_trained(options.checkpoint, options.overrides) as (world, loaded, config):
@@ -58,13 +60,15 @@ def main(argv: Sequence[str]) -> int:
                 f"--split val would not be the images held out in training: the checkpoint was trained on {trained_on}; "
                 f"found {dataset.describe()}: use the same data and data.val_images as in training"
             )
-        model = trained_model(loaded, config, len(dataset.classes), split.image_size, world.device)
+        model = trained_model(loaded, config, len(dataset.classes), split.image_shape, world.device)
         precision = pick_precision(config.precision, world)
         place = choose_data_device([split], world.device, config.data.residency)
-        loader = EvalLoader(split.to(place), config.train.channels_last, world.device)
+        loader = EvalLoader(split.to(place), normalization_of(loaded.state), config.train.channels_last, world.device)
         forward = forward_pass(model, precision, world.device, mirror=options.mirror)
         logits = torch.zeros(len(split), len(dataset.classes), device=world.device)
-        totals = evaluate_split(forward, loader, world, config.eval.batch_size, logits=logits)
+        totals = evaluate_split(
+            forward, loader, world, config.eval.batch_size, loss_function(config.train), logits=logits
+        )
         # each row is zero on all ranks but one, so the sum is exact
         quality = Quality.of(world.sum(logits).cpu(), split.labels)
 

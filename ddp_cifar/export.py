@@ -1,6 +1,6 @@
 """Export a trained network: `python -m ddp_cifar.export CHECKPOINT --format onnx|pt2 [key=value ...]`.
 
-The exported network maps images (B, 3, S, S) uint8, for any B, to logits (B, classes) float32; it includes the normalization.
+The exported network maps images (B, C, H, W) uint8, for any B, to logits (B, classes) float32; it includes the normalization.
 Its metadata has the class names: `classes`, a JSON list. Before the file is written to its final name, it is loaded and
 compared with the checkpoint on images of the test split; the largest difference is printed.
 """
@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from ddp_cifar.data import build_dataset
+    from ddp_cifar.data.normalization import normalization_of
     from ddp_cifar.inference import TrainedNetwork, check_classes, open_trained, trained_model
     from ddp_cifar.inference.formats import FORMATS, largest_difference
 
@@ -55,24 +56,23 @@ def main(argv: Sequence[str]) -> int:
         dataset = build_dataset(config.data, world)
         check_classes(loaded, dataset.classes, config.data.name)
         split = dataset.test or dataset.val or dataset.train
-        model = trained_model(loaded, config, len(dataset.classes), split.image_size, torch.device("cpu"))
-        exported = TrainedNetwork(model, dataset.classes, split.image_size).eval()
-        metadata = {"classes": json.dumps(dataset.classes), "image_size": str(split.image_size)}
+        model = trained_model(loaded, config, len(dataset.classes), split.image_shape, torch.device("cpu"))
+        normalization = normalization_of(loaded.state)
+        exported = TrainedNetwork(model, dataset.classes, split.image_shape, normalization).eval()
+        metadata = {"classes": json.dumps(dataset.classes), "image_shape": json.dumps(split.image_shape)}
         write, read = FORMATS[options.format]
         try:
             with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
                 temporary = Path(folder) / output.name
-                write(exported, split.image_size, metadata, temporary)
-                difference, count = largest_difference(read(temporary), model, split, options.images)
+                write(exported, metadata, temporary)
+                difference, count = largest_difference(read(temporary), model, normalization, split, options.images)
                 found = f"largest difference of a logit on {count} images: {difference:.1e}"
                 if not difference <= TOLERANCE:
                     raise UserError(f"{output} was not written: {found}, expected at most {TOLERANCE:g}")
                 os.replace(temporary, output)
         except OSError as error:
             raise UserError(f"cannot write {output} ({error.strerror}): choose another file with --output") from error
-        log.info(
-            f"wrote {output}: {len(dataset.classes)} classes, images of {split.image_size} x {split.image_size}; {found}"
-        )
+        log.info(f"wrote {output}: {len(dataset.classes)} classes, images of shape {split.image_shape}; {found}")
     return 0
 
 

@@ -50,25 +50,26 @@ def main(argv: Sequence[str]) -> int:
     # importing torch takes seconds: only after --help and wrong arguments are handled
     import torch
 
-    from ddp_cifar.data.augment import normalize
-    from ddp_cifar.inference import classes_and_image_size, open_trained, trained_model
+    from ddp_cifar.data.normalization import normalization_of
+    from ddp_cifar.inference import classes_and_image_shape, open_trained, trained_model
     from ddp_cifar.inference.images import find_images, name_classes, read_batch
     from ddp_cifar.training.evaluation import forward_pass
     from ddp_cifar.training.precision import pick_precision
 
     files = list(find_images(options.paths))
     with open_trained(options.checkpoint, [f"device={options.device}"]) as (world, loaded, config):
-        classes, image_size = classes_and_image_size(loaded)
-        model = trained_model(loaded, config, len(classes), image_size, world.device)
+        classes, image_shape = classes_and_image_shape(loaded)
+        model = trained_model(loaded, config, len(classes), image_shape, world.device)
+        normalization = normalization_of(loaded.state)
         precision = pick_precision(config.precision, world)
         forward = forward_pass(model, precision, world.device, mirror=options.mirror)
         memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
 
         def predict(batch: Sequence[Path]) -> list[Row]:
-            rows, images = read_batch(batch, image_size)
+            rows, images = read_batch(batch, image_shape)
             good = [row for row in rows if "error" not in row]
             if good:
-                name_classes(good, forward(normalize(images.to(world.device), memory_format)), classes)
+                name_classes(good, forward(normalization.normalize(images.to(world.device), memory_format)), classes)
             return rows
 
         output = Output(options.output, options.format, classes)

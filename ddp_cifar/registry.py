@@ -29,6 +29,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "adamw": "ddp_cifar.training.optim:adamw",
         "sgd": "ddp_cifar.training.optim:sgd",
     },
+    "augment.name": {},
+    "train.loss": {"cross_entropy": "ddp_cifar.training.loss:cross_entropy"},
     "tracking.name": {},
 }
 """Config key -> built-in name -> `package.module:function`. To add a built-in, add its file and one line here."""

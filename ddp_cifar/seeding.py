@@ -4,8 +4,10 @@ The order of images comes from (seed, epoch), a crop from (seed, epoch, sample i
 """
 
 import hashlib
+import random
 from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
 
 
@@ -28,12 +30,26 @@ def unchanged_generators(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
+def seed_all(device: torch.device, purpose: str, *numbers: int) -> None:
+    """Seed the generators of Python, NumPy and torch, on the CPU and on `device`, by `derive_seed`."""
+    seed = derive_seed(purpose, *numbers)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        _seed_device(device, seed)
+
+
 def seed_dropout(device: torch.device, *numbers: int) -> None:
-    """Seed the generator that dropout on `device` uses, by `derive_seed`.
+    """Seed the generator that dropout on `device` uses, by `derive_seed`."""
+    _seed_device(device, derive_seed("dropout", *numbers))
+
+
+def _seed_device(device: torch.device, seed: int) -> None:
+    """Seed the generator of `device`.
 
     `torch.manual_seed` would seed every type of device, which takes some tenths of a millisecond per call.
     """
-    seed = derive_seed("dropout", *numbers)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
     elif device.type == "cpu":

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
     # importing torch takes seconds: not needed for --help or for an error in the config
     from ddp_cifar.data import build_dataset
-    from ddp_cifar.data.sampler import check_batch_size
+    from ddp_cifar.data.batch_plan import check_batch_size
     from ddp_cifar.distributed.rendezvous import open_world
     from ddp_cifar.run.checkpoint_store import Checkpoints
     from ddp_cifar.run.environment import device_name

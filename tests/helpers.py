@@ -1,7 +1,9 @@
 """Small data sets, configs and trainers for the tests."""
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from launched import TIME_KEYS
 from torch import nn
@@ -23,9 +25,9 @@ CLASSES = tuple("abcdefghij")
 class Tiny(nn.Sequential):
     """A network with the same kinds of layers as the CNN (BatchNorm, both dropouts), a thousandth of its size."""
 
-    def __init__(self, num_classes: int, image_size: int) -> None:
+    def __init__(self, num_classes: int, image_size: int, num_channels: int = 3) -> None:
         super().__init__(
-            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(num_channels, 8, 3, padding=1),
             nn.BatchNorm2d(8),
             nn.ReLU(),
             nn.MaxPool2d(2),
@@ -42,15 +44,29 @@ class Tiny(nn.Sequential):
 BUILT_IN["model.name"]["tiny"] = "helpers:Tiny"
 
 
+def noise(images: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
+    """Draws from all generators that a library may use."""
+    values = images.float() / 255 if images.dtype == torch.uint8 else images
+    shift = float(np.random.rand()) + random.random()
+    return (values + strength * (torch.rand_like(values) + shift) / 10).clamp(0, 1)
+
+
+def focal_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(B, C) logits and labels (B,), or soft labels (B, C) -> (B,): focal loss with gamma 2 (Lin et al., 2017)."""
+    log_shares = logits.log_softmax(1)
+    soft = targets if targets.is_floating_point() else nn.functional.one_hot(targets, logits.shape[1])
+    return -(soft * (1 - log_shares.exp()) ** 2 * log_shares).sum(1)
+
+
 def config_of(*arguments: str) -> Config:
     """The config of a command line."""
     return load_config(arguments)
 
 
 def random_split(num_images: int, seed: int = 0, classes: int = 10, image_size: int = 32) -> Split:
-    random = torch.Generator().manual_seed(seed)
-    images = torch.randint(256, (num_images, 3, image_size, image_size), dtype=torch.uint8, generator=random)
-    return Split.of(images, torch.randint(classes, (num_images,), generator=random))
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (num_images, 3, image_size, image_size), dtype=torch.uint8, generator=generator)
+    return Split.of(images, torch.randint(classes, (num_images,), generator=generator))
 
 
 def random_dataset(train: int, test: int = 8, val: int = 0, image_size: int = 32) -> DataSet:

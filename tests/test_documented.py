@@ -62,6 +62,7 @@ RUN_BY = {
     r"-m ddp_cifar\.preflight$": "test_launch.py::test_the_commands_of_launch_readme_run",
     r"runs/(four|two)\b": "test_documented.py::test_two_runs_are_compared_as_the_page_says",
     r"data\.name=mine:stripes": "test_extending.py::",
+    r"augment\.name=(augmentations|color):": "data/test_augment.py::test_the_augmentations_of_the_page_differ_per_image",
     r"^torchrun --nproc_per_node=2 program\.py": "test_api.py::test_the_program_of_the_python_page_runs_on_two_ranks",
     r"^tests/\S+\.py$": "",
 }

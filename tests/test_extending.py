@@ -81,9 +81,9 @@ def test_every_built_in_model_is_bitwise_identical_on_1_and_2_ranks(ranks: RankP
 @pytest.mark.parametrize(("name", "parameters"), [("resnet18", 11_173_962), ("resnet9", 6_573_120)])
 def test_residual_networks_have_their_published_number_of_parameters(name: str, parameters: int) -> None:
     for classes, size in ((10, 32), (3, 8), (100, 64)):
-        model = build_model(config_of(f"model.name={name}").model, classes, size)
+        model = build_model(config_of(f"model.name={name}").model, classes, (3, size, size))
         assert model(torch.zeros(2, 3, size, size)).shape == (2, classes)
-    model = build_model(config_of(f"model.name={name}").model, 10, 32)
+    model = build_model(config_of(f"model.name={name}").model, 10, (3, 32, 32))
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
@@ -135,8 +135,8 @@ def test_args_that_are_not_a_mapping_raise_an_error_of_one_line(tmp_path: Path, 
 def nothing(root: str) -> None: ...
 
 
-def grey(root: str) -> DataSet:
-    return DataSet(Split.of(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4)), None, ("a",))
+def floats(root: str) -> DataSet:
+    return DataSet(Split.of(torch.zeros(4, 1, 8, 8), torch.zeros(4)), None, ("a",))
 
 
 def mislabelled(root: str) -> DataSet:
@@ -221,7 +221,7 @@ def build(argument: str, world: World) -> None:
         ("model.name=test_extending:no_module", "returned a str: expected a torch.nn.Module"),
         (
             "model.args.width=2",
-            "CNN(num_classes: int = 10, image_size: int = 32) -> None does not accept the arguments (int, int, width=2)",
+            "num_channels: int = 3) -> None does not accept the arguments (int, int, width=2)",
         ),
         (
             "optim.name=adamm",
@@ -232,14 +232,14 @@ def build(argument: str, world: World) -> None:
         ("optim.name=test_extending:no_module", "does not accept the arguments"),
         ("data.name=test_extending:nothing", "returned a NoneType: expected a ddp_cifar.data.DataSet"),
         (
-            "data.name=test_extending:grey",
-            "the images of a split have type torch.uint8 and shape (4, 1, 8, 8): expected torch.uint8 and (N, 3, S, S)",
+            "data.name=test_extending:floats",
+            "the images of a split have type torch.float32 and shape (4, 1, 8, 8): expected torch.uint8 and (N, C, H, W)",
         ),
         (
             "data.name=test_extending:mislabelled",
             "the labels of the train split range from 0 to 3: expected 0 to 1 (2 classes)",
         ),
-        ("data.name=test_extending:two_sizes", "the test images have 16 x 16 pixels, the train images 8 x 8"),
+        ("data.name=test_extending:two_sizes", "the test images have the shape (3, 16, 16), the train images (3, 8, 8)"),
         (
             "data.name=test_extending:no_data",
             "data.name=test_extending:no_data failed at data.root=data (ConnectionError: no route)",
@@ -301,5 +301,5 @@ def test_a_tracker_that_cannot_start_is_logged_as_a_warning(
 
 @pytest.mark.parametrize("name", ["googlenet", "vit_b_16"])
 def test_torchvision_networks_that_need_special_arguments(name: str) -> None:
-    model = build_model(config_of("model.name=torchvision", f"model.args.name={name}").model, 3, 32)
+    model = build_model(config_of("model.name=torchvision", f"model.args.name={name}").model, 3, (3, 32, 32))
     assert model.train()(torch.zeros(2, 3, 32, 32)).shape == (2, 3)

@@ -12,7 +12,7 @@ from launched import SHORT, Result, Run, free_port, send, start
 from ranks import RankPool
 
 from ddp_cifar.data import build_dataset
-from ddp_cifar.data.sampler import micro_batch_size_for
+from ddp_cifar.data.batch_plan import micro_batch_size_for
 from ddp_cifar.distributed.world import World
 from ddp_cifar.run.checkpoint_file import digest
 from ddp_cifar.training.build import set_up_kernels
@@ -69,6 +69,43 @@ def test_the_cnn_is_bitwise_identical_on_any_number_of_ranks(
         for other_state, other_rows in ranks.run(train_cnn, world_size, *arguments):
             assert other_rows == rows, world_size
             assert other_state == state, world_size
+
+
+EXTRAS = (
+    "model.name=tiny",
+    "data.channels=1",
+    "data.oversample=true",
+    "augment.name=helpers:noise",
+    "augment.cutout=6",
+    "augment.mixup=0.4",
+    "augment.cutmix=1",
+    "train.loss=helpers:focal_loss",
+    "train.class_weights=balanced",
+    "train.reproducible=true",
+    "train.micro_batch_size=7",
+    "precision=fp32",
+)
+"""Everything that draws random numbers or weighs images."""
+
+
+def train_in_two_parts(world: World, stop: int, *arguments: str) -> str:
+    """Train to step `stop`, resume in another trainer, and return the sha256 of the weights and the optimizer."""
+    config = config_of(*CNN, *EXTRAS, f"train.max_steps={stop}", *arguments)
+    dataset = build_dataset(config.data, world)
+    first = make_trainer(world, config, dataset)
+    first.fit()
+    second = make_trainer(world, config_of(*CNN, *EXTRAS, *arguments), dataset)
+    second.load_state_dict(first.state_dict(), "the first part")
+    second.fit()
+    state = second.state_dict()
+    return digest({name: state[name] for name in ("model", "optimizer", "normalization", "ema")})
+
+
+def test_augmentation_mixup_weights_and_grayscale_are_bitwise_identical_on_any_number_of_ranks(ranks: RankPool) -> None:
+    (whole,) = ranks.run(train_in_two_parts, 1, 12)
+    for world_size, stop in ((2, 5), (3, 7)):
+        assert ranks.run(train_in_two_parts, world_size, stop) == [whole] * world_size
+    assert ranks.run(train_in_two_parts, 1, 12, "augment.args.strength=0.9") != [whole]
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ import torch
 from helpers import config_of
 from PIL import Image
 
-from ddp_cifar import inference
 from ddp_cifar.data import DataSet, build_dataset
 from ddp_cifar.distributed.world import World
+from ddp_cifar.inference import TrainedNetwork
 from ddp_cifar.run.checkpoint_file import load_checkpoint, save_checkpoint
 from ddp_cifar.tracking.quality import Quality
 
@@ -332,8 +332,13 @@ def test_other_models_can_be_exported(shell: Shell, tmp_path: Path, model: tuple
 def test_an_export_that_differs_from_the_checkpoint_is_not_written(
     trained: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scale, shift = inference.channel_scale_and_shift()
-    monkeypatch.setattr(inference, "channel_scale_and_shift", lambda: (1.1 * scale, shift))
+    build = TrainedNetwork.__init__
+
+    def build_wrong(network: TrainedNetwork, *arguments: Any) -> None:
+        build(network, *arguments)
+        network.scale *= 1.1
+
+    monkeypatch.setattr(TrainedNetwork, "__init__", build_wrong)
     error = command("export", str(trained), "--format", "pt2", "--output", str(tmp_path / "m.pt2"))
     assert re.search(
         r"m.pt2 was not written: largest difference of a logit on 150 images: \S+, expected at most 0.0001", error

@@ -17,7 +17,7 @@ from ddp_cifar.checks.control_groups import available_cores, available_memory
 from ddp_cifar.checks.rank_context import LOOKING_S, Problem, RankContext, Skipped
 from ddp_cifar.command import megabytes
 from ddp_cifar.data import dataset_metadata, files_of
-from ddp_cifar.data.sampler import plan_batches
+from ddp_cifar.data.batch_plan import plan_batches
 from ddp_cifar.distributed.rendezvous import open_world_alone, pick_device
 from ddp_cifar.dry_run import footprint_of
 from ddp_cifar.models import build_model
@@ -208,7 +208,7 @@ def check_batch(here: RankContext) -> str:
     config, train, absent = here.config, here.dataset.train, here.num_nodes - here.num_agents
     # the number of ranks on the missing nodes is unknown
     most = max(facts["local_world_size"] for facts in here.arrived)
-    model = build_model(config.model, len(here.dataset.classes), train.image_size)
+    model = build_model(config.model, len(here.dataset.classes), train.image_shape)
     here.facts["checkpoint"] = footprint_of(config, 1, here.dataset, model).checkpoint  # for any batch size
     plan = plan_batches(config.train, here.world_size + absent * most, len(train))
     check_micro_batches(config, plan, model, here.dataset)

@@ -7,11 +7,14 @@ A YAML file overrides the dataclass defaults; `key=value` arguments override the
 
 from ddp_cifar.config.load import load_config, read_yaml
 from ddp_cifar.config.schema import (
+    PRESETS,
+    AugmentConfig,
     CheckpointConfig,
     CommConfig,
     Config,
     DataConfig,
     EvalConfig,
+    ImageShape,
     ModelConfig,
     OptimConfig,
     ShapesConfig,
@@ -29,11 +32,14 @@ from ddp_cifar.config.schema import (
 from ddp_cifar.config.text import as_argument, as_typed, entries, help_text, short_names, to_yaml
 
 __all__ = [
+    "PRESETS",
+    "AugmentConfig",
     "CheckpointConfig",
     "CommConfig",
     "Config",
     "DataConfig",
     "EvalConfig",
+    "ImageShape",
     "ModelConfig",
     "OptimConfig",
     "ShapesConfig",

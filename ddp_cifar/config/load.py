@@ -103,7 +103,7 @@ def _read_argument(argument: str) -> tuple[str, Any]:
 def _value(key: str, node: yaml.Node | None) -> Any:
     """The node's text if the key determines the type, to which OmegaConf converts it; else its value by YAML's rules."""
     setting = find_setting(key)
-    if setting is None or setting.is_free or not isinstance(node, yaml.ScalarNode):
+    if setting is None or setting.is_untyped or not isinstance(node, yaml.ScalarNode):
         return by_looks(node)
     return None if node.value in ("", "~", "null", "Null", "NULL") and not setting.is_text else node.value
 
@@ -122,7 +122,7 @@ def _set(merged: Any, key: str, value: object, source: str) -> Any:
         setting = find_setting(key)
         assert setting
         found = "null" if value is None else value
-        raise UserError(f"{source}{key}={found} has the wrong type: expected {type_name(setting.type)}") from error
+        raise UserError(f"{source}{key}={found} has the wrong type: expected {type_name(setting)}") from error
 
 
 def _check_key(key: str, value: object, source: str) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import textwrap
+from typing import Any
 
 from ddp_cifar.config.schema import Range, Setting, fields
 from ddp_cifar.config.text import as_typed, type_name
@@ -34,8 +35,8 @@ def reference() -> str:
 
 def _entry(setting: Setting) -> list[str]:
     names = BUILT_IN.get(setting.key)
-    kind = f"one of {', '.join(names)}, or package.module:name" if names else type_name(setting.type)
-    if setting.range != Range():
+    kind = f"one of {', '.join(names)}, or package.module:name" if names else type_name(setting)
+    if setting.range != Range() and setting.type is not Any:
         kind += f"; {setting.range}"
     default = f"`{as_typed(setting.default)}`" if setting.default != {} else "empty"
     fixed = ", **fixed**" if "identity" in setting.roles else ""

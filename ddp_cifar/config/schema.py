@@ -11,7 +11,7 @@ import functools
 import inspect
 import textwrap
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal, NamedTuple, TypeVar, cast
@@ -38,8 +38,12 @@ class Range(NamedTuple):
     below: float = inf
     expected: str = ""
     """Replaces the numbers in an error message."""
+    accepts: Callable[[Any], bool] | None = None
+    """Replaces the numbers, for a key whose values have several types."""
 
     def holds(self, value: Any) -> bool:
+        if self.accepts:
+            return self.accepts(value)
         if isinstance(value, str):
             return bool(value.strip())
         return bool(self.at_least <= value <= self.at_most and self.above < value < self.below)
@@ -62,6 +66,7 @@ def setting(
     at_most: float = inf,
     below: float = inf,
     expected: str = "",
+    accepts: Callable[[Any], bool] | None = None,
     role: Role | tuple[Role, ...] = (),
 ) -> T:
     """Return a dataclass field with a range and roles, which `fields` reads and OmegaConf ignores.
@@ -69,12 +74,43 @@ def setting(
     A key with an optional type also accepts null.
     """
     metadata = {
-        "range": Range(at_least, above, at_most, below, expected),
+        "range": Range(at_least, above, at_most, below, expected, accepts),
         "roles": (role,) if isinstance(role, str) else role,
     }
     if isinstance(default, dict | list):
         return cast(T, field(default_factory=default.copy, metadata=metadata))
     return field(default=default, metadata=metadata)
+
+
+ImageShape = tuple[int, int, int]
+"""Channels, height and width of an image."""
+
+MAX_IMAGE_SIZE = 1024
+PRESETS = ("cifar10", "imagenet")
+"""Names of means and standard deviations."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < inf
+
+
+def _is_image_size(value: Any) -> bool:
+    sizes = value if isinstance(value, list) and len(value) == 2 else [value]
+    return all(isinstance(size, int) and 8 <= size <= MAX_IMAGE_SIZE for size in sizes)
+
+
+def _is_statistic(value: Any, *, positive: bool) -> bool:
+    """True for a value of data.mean or data.std."""
+    if value is None or isinstance(value, str):
+        return value in (None, "auto", *PRESETS)
+    numbers = value if isinstance(value, list) and value else [value]
+    return all(_is_number(number) and (number > 0 or not positive) for number in numbers)
+
+
+def _is_class_weights(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(value) and all(_is_number(weight) and weight >= 0 for weight in value)
+    return value in (None, "balanced")
 
 
 @dataclass(frozen=True)
@@ -97,9 +133,32 @@ class DataConfig:
     """Keyword arguments of a user-defined function: data.args.KEY=VALUE."""
     root: str = setting("data", expected="a folder's name", role="non_result")
     """Folder with the images. cifar10 is downloaded into it. Every node must be able to read it."""
-    image_size: int = setting(32, at_least=8, at_most=1024, role="identity")
-    """Height and width, in pixels, of the decoded images of imagefolder: the short side is resized, then the center is
-    cropped. Always 32 for cifar10 and shapes."""
+    image_size: Any = setting(
+        32, expected=f"8 to {MAX_IMAGE_SIZE} pixels, or [HEIGHT, WIDTH]", accepts=_is_image_size, role="identity"
+    )
+    """Height and width, in pixels, of the decoded images of imagefolder; one number for squares. An image is resized to cover
+    this size, then its center is cropped. Always 32 for cifar10 and shapes."""
+    channels: int = setting(3, expected="1 or 3", accepts=(1, 3).__contains__, role="identity")
+    """1: grayscale images. 3: color images (RGB). A user-defined data set chooses its own."""
+    mean: Any = setting(
+        None,
+        expected=f"auto, {', '.join(PRESETS)}, a number, or one number per channel, or null",
+        accepts=functools.partial(_is_statistic, positive=False),
+        role="identity",
+    )
+    """Mean of the pixels (scaled to 0 to 1) per channel, which is subtracted. auto: that of the training images, including
+    held-out ones. cifar10: as in the original script. imagenet: for pre-trained weights. null: cifar10 for color images of
+    data.name=cifar10 and shapes, else auto. A checkpoint contains the values."""
+    std: Any = setting(
+        None,
+        expected=f"auto, {', '.join(PRESETS)}, a number above 0, or one number per channel, or null",
+        accepts=functools.partial(_is_statistic, positive=True),
+        role="identity",
+    )
+    """Standard deviation of the pixels per channel, by which they are divided. Values as for `mean`."""
+    oversample: bool = setting(False, role="identity")
+    """Draw all classes equally often. An epoch has as many images as without: images of rare classes are repeated, and some
+    images of frequent classes are skipped, others in each epoch."""
     cache: str = setting("auto", expected="auto or a folder's name", role="non_result")
     """Folder where imagefolder stores the decoded images, which all ranks of a node share in memory. auto: .cache in
     data.root."""
@@ -113,6 +172,38 @@ class DataConfig:
     """Where images are stored while a GPU trains. device: in GPU memory. host: in host memory, with batches prefetched to
     the GPU. auto: device if the images fit in half of the free GPU memory, else host."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """(C, H, W) of the images, unless the data set is user-defined."""
+        size = self.image_size
+        height, width = size if isinstance(size, list) else (size, size)
+        return self.channels, height, width
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    crop_padding: int | None = setting(None, at_least=0, at_most=MAX_IMAGE_SIZE, role="identity")
+    """Pixels of black padding on each side of a training image, before a random crop to its size. 0: no crop. null: an
+    eighth of the shorter side, which is 4 for 32 x 32 pixels, as in the original script."""
+    flip: bool = setting(True, role="identity")
+    """Flip half of the training images horizontally, chosen at random. Turn it off where mirror images differ, as for
+    digits and text."""
+    cutout: int = setting(0, at_least=0, at_most=MAX_IMAGE_SIZE, role="identity")
+    """Side, in pixels, of a square at a random place in each training image that is replaced by the mean. 0: none."""
+    name: str | None = setting(None, role="identity")
+    """User-defined augmentation, package.module:function. It is called with a micro-batch of training images (B, C, H, W) on the
+    device, after crop and flip, and returns images of the same shape. Its random numbers are the same on any number of
+    ranks (docs/extending.md). null: none."""
+    args: dict[str, Any] = setting({}, role="identity")
+    """Keyword arguments of the user-defined augmentation: augment.args.KEY=VALUE."""
+    dtype: Literal["uint8", "float32"] = setting("uint8", role="identity")
+    """Type of the images that `name` receives. uint8: 0 to 255. float32: 0 to 1. It may return either type."""
+    mixup: float = setting(0.0, at_least=0, role="identity")
+    """Mix pairs of training images of a micro-batch, and their labels, by a share drawn from Beta(mixup, mixup). 0: off."""
+    cutmix: float = setting(0.0, at_least=0, role="identity")
+    """Paste a box from one training image of a micro-batch into another, and mix their labels by area, with a share drawn
+    from Beta(cutmix, cutmix). With `mixup` too, each micro-batch uses one of both, chosen at random. 0: off."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +279,16 @@ class TrainConfig:
     dropout. null: one micro-batch per rank, as in plain DDP; results then depend on the number of ranks."""
     clip_norm: float | None = setting(None, above=0)
     """Maximum norm of the gradient. A larger gradient is scaled down to it. null: no clipping."""
+    loss: str = setting("cross_entropy", role="identity")
+    """Loss: cross_entropy, or package.module:function for a function of logits (B, classes) and labels (B,) that returns a loss
+    per image (B,) (docs/extending.md). Its mean is minimized and, without `class_weights`, also reported by evaluations."""
     label_smoothing: float = setting(0.0, at_least=0, below=1, role="identity")
-    """Fraction of each training label, from 0 to below 1, that is spread evenly over all classes."""
+    """Fraction of each training label, from 0 to below 1, that is spread evenly over all classes. Only for cross_entropy."""
+    class_weights: Any = setting(
+        None, expected="balanced, one number per class, or null", accepts=_is_class_weights, role="identity"
+    )
+    """Factors of the training loss by class. balanced: images / (classes x images of the class). The sum of weighted losses
+    is divided by global_batch_size, so that it does not depend on the number of ranks. null: all 1."""
     ema_decay: float | None = setting(None, above=0, below=1, role="identity")
     """Decay per step of an exponential moving average (EMA) of the weights. The average is evaluated in place of the weights
     and saved in checkpoints as `ema`. null: no average."""
@@ -236,6 +335,11 @@ class TrainConfig:
     intervals of `log_every` steps. null: no warning."""
 
     def __post_init__(self) -> None:
+        if self.label_smoothing and self.loss != "cross_entropy":
+            raise UserError(
+                f"train.label_smoothing={self.label_smoothing} needs train.loss=cross_entropy, found {self.loss}: smooth the "
+                f"labels in that function"
+            )
         steps = self.profile_steps
         if steps is not None and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
             raise UserError(
@@ -319,6 +423,7 @@ class Config:
     supports it, else fp32. tf32: fp32, with 10-bit mantissas in matrix products on a GPU. fp16: with loss scaling, for GPUs
     without bf16."""
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -361,6 +466,11 @@ class Setting(NamedTuple):
     @property
     def is_optional(self) -> bool:
         return type(None) in typing.get_args(self.type)
+
+    @property
+    def is_untyped(self) -> bool:
+        """True if values may have several types, which YAML's rules determine."""
+        return self.is_free or self.type is Any
 
     @property
     def is_text(self) -> bool:

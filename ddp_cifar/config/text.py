@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ddp_cifar.config.schema import Config, fields, find_setting, to_dict
+from ddp_cifar.config.schema import Config, Setting, fields, find_setting, to_dict
 from ddp_cifar.errors import UserError, first_line
 from ddp_cifar.registry import BUILT_IN
 
@@ -100,7 +100,7 @@ def to_yaml(config: Config) -> str:
 def as_argument(key: str, node: yaml.ScalarNode) -> str:
     """`key=value` for a command line: the text of the file, quoted if needed where the key does not determine the type."""
     setting = find_setting(key)
-    if setting is None or not setting.is_free:
+    if setting is None or not setting.is_untyped:
         return f"{key}={node.value}"
     value = yaml.dump(by_looks(node), Dumper=_Dumper, width=math.inf).removesuffix("...\n").strip()
     return f"{key}={value}"
@@ -131,19 +131,23 @@ def help_text() -> str:
     ]
     for setting in fields():
         names = BUILT_IN.get(setting.key)
-        kind = f"one of {', '.join(names)}" if names else type_name(setting.type)
+        kind = f"one of {', '.join(names)}" if names else type_name(setting)
         lines.append(f"  {setting.key}={as_typed(setting.default)}  ({kind})")
         lines += textwrap.wrap(" ".join(setting.doc.split()), 112, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 
 
-def type_name(annotation: Any) -> str:
+def type_name(setting: Setting) -> str:
     """A key's type, for `--help` and error messages."""
+    return setting.range.expected if setting.type is Any else _type_name(setting.type)
+
+
+def _type_name(annotation: Any) -> str:
     options = typing.get_args(annotation)
     if typing.get_origin(annotation) is dict:
         return "KEY=VALUE"
     if typing.get_origin(annotation) is Literal:
         return " | ".join(map(str, options))
     if typing.get_origin(annotation) is types.UnionType:
-        return f"{type_name(options[0])} or null"
+        return f"{_type_name(options[0])} or null"
     return f"[{options[0].__name__}, ...]" if options else str(annotation.__name__)

@@ -1,84 +1,185 @@
-"""Random crop, horizontal flip and normalization of whole batches, equivalent to the original script's per-image transforms.
+"""Augmentation of whole batches: crop, flip and cutout, then normalization, mixup and cutmix.
 
-The augmentation of an image is a function of (seed, epoch, sample id): it does not depend on the number of ranks or on a
-resume. Images are channels-last in memory, where a pixel is three consecutive bytes and a crop is a gather of pixels.
+Crop, flip and cutout of an image are a function of (seed, epoch, sample id). What a user-defined augmentation, mixup and cutmix
+draw is a function of (seed, epoch, step, micro-batch). None depends on the number of ranks or on a resume. Images are
+channels-last in memory, where a pixel is a few consecutive bytes and a crop is a gather of pixels.
 """
 
-import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddp_cifar.seeding import generator
+from ddp_cifar.config import AugmentConfig, ImageShape
+from ddp_cifar.data.normalization import scale_images
+from ddp_cifar.errors import UserError, first_line
+from ddp_cifar.registry import call, resolve
+from ddp_cifar.seeding import derive_seed, generator
 
-# Of CIFAR-10's training set, as in the original script. STD is the mean of the per-image stds, kept for parity; the std over
-# all pixels is (0.2470, 0.2435, 0.2616).
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2023, 0.1994, 0.2010)
-
-
-def padding_of(image_size: int) -> int:
-    """Return the padding on each side before the crop, in pixels: 4 for 32, as RandomCrop(32, padding=4) does."""
-    return image_size // 8
+Function = Callable[[Tensor], Tensor]
+"""A user-defined augmentation: (B, C, H, W) -> same shape, uint8 or float32 (0 to 1)."""
 
 
-def draw_augmentations(
-    num_samples: int, *, seed: int, epoch: int, image_size: int = 32, purpose: str = "augment"
-) -> Tensor:
-    """Return (num_samples, 3) int32 per sample id: top and left of the crop, 0 to 2 x padding, and 1 if flipped, else 0."""
-    random = generator(purpose, seed, epoch)
-    corners = torch.randint(2 * padding_of(image_size) + 1, (num_samples, 2), generator=random, dtype=torch.int32)
-    mirrored = torch.randint(2, (num_samples, 1), generator=random, dtype=torch.int32)
-    return torch.cat([corners, mirrored], dim=1)
+@dataclass(frozen=True)
+class Geometry:
+    """Crop, flip and cutout of training images of one size."""
 
+    padding: int
+    """Pixels on each side before the crop."""
+    flip: bool
+    cutout: int
+    """Side of the square, in pixels."""
 
-def augment(images: Tensor, augmentations: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 -> same shape and dtype: pad with zeros, crop and flip each image by its row of (B, 3)."""
-    num_images, channels, height, width = images.shape
-    pad = padding_of(height)
-    padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, pad, pad, pad, pad))
-    padded_height, padded_width = padded.shape[1:3]
-    top, left, mirrored = (column.unsqueeze(1) for column in augmentations.unbind(1))  # (B, 1) each
+    @staticmethod
+    def of(config: AugmentConfig, image_shape: ImageShape) -> "Geometry":
+        """Return the settings for images (C, H, W). The default padding is 4 for 32 x 32, as RandomCrop(32, padding=4)."""
+        padding = min(image_shape[1:]) // 8 if config.crop_padding is None else config.crop_padding
+        return Geometry(padding, config.flip, config.cutout)
 
-    def count(n: int) -> Tensor:
-        return torch.arange(n, dtype=augmentations.dtype, device=images.device)
+    def draw(
+        self, num_samples: int, image_shape: ImageShape, *, seed: int, epoch: int, purpose: str = "augment"
+    ) -> Tensor:
+        """Return (num_samples, 3) int32 per sample id: top and left of the crop, 0 to 2 x padding, and 1 if flipped, else 0.
 
-    rows = count(num_images).unsqueeze(1) * padded_height + top + count(height)  # (B, H)
-    columns = left + torch.where(mirrored > 0, width - 1 - count(width), count(width))  # (B, W)
-    pixels = (rows * padded_width).unsqueeze(2) + columns.unsqueeze(1)  # (B, H, W)
-    cropped = padded.view(-1, channels).index_select(0, pixels.flatten())
-    return cropped.view(num_images, height, width, channels).permute(0, 3, 1, 2)
+        With cutout, two more columns have the row and the column of the square's center.
+        """
+        _, height, width = image_shape
+        random = generator(purpose, seed, epoch)
 
+        def numbers(below: int, columns: int) -> Tensor:
+            return torch.randint(below, (num_samples, columns), generator=random, dtype=torch.int32)
 
-def normalize(images: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """(B, 3, H, W) uint8 -> float32, (pixel / 255 - MEAN) / STD."""
-    scale, shift = scale_and_shift(images.shape[2] * images.shape[3], images.device)
-    return transform(images, None, scale, shift, memory_format)
+        corners, flipped = numbers(2 * self.padding + 1, 2), numbers(2, 1) * self.flip
+        centers = [numbers(height, 1), numbers(width, 1)] if self.cutout else []
+        return torch.cat([corners, flipped, *centers], dim=1)
+
+    def crop_and_flip(self, images: Tensor, table: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 -> same shape and dtype: pad with zeros, crop and flip each image by its row of the table."""
+        if not self.padding and not self.flip:
+            return images
+        num_images, channels, height, width = images.shape
+        pad = self.padding
+        padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, pad, pad, pad, pad))
+        padded_height, padded_width = padded.shape[1:3]
+        top, left, flipped = (column.unsqueeze(1) for column in table[:, :3].unbind(1))  # (B, 1) each
+
+        def count(n: int) -> Tensor:
+            return torch.arange(n, dtype=table.dtype, device=images.device)
+
+        rows = count(num_images).unsqueeze(1) * padded_height + top + count(height)  # (B, H)
+        columns = left + torch.where(flipped > 0, width - 1 - count(width), count(width))  # (B, W)
+        pixels = (rows * padded_width).unsqueeze(2) + columns.unsqueeze(1)  # (B, H, W)
+        cropped = padded.view(-1, channels).index_select(0, pixels.flatten())
+        return cropped.view(num_images, height, width, channels).permute(0, 3, 1, 2)
+
+    def cut_out(self, images: Tensor, table: Tensor) -> Tensor:
+        """(B, C, H, W) normalized -> same: set a square to 0, the mean. It is clipped at the borders.
+
+        DeVries and Taylor, Improved Regularization of Convolutional Neural Networks with Cutout (2017).
+        """
+        if not self.cutout:
+            return images
+        inside = []
+        for column, size in ((table[:, 3], images.shape[2]), (table[:, 4], images.shape[3])):
+            first = (column - self.cutout // 2).unsqueeze(1)
+            places = torch.arange(size, dtype=table.dtype, device=images.device)
+            inside.append((places >= first) & (places < first + self.cutout))  # (B, size)
+        square = inside[0].unsqueeze(2) & inside[1].unsqueeze(1)  # (B, H, W)
+        return images.masked_fill(square.unsqueeze(1), 0.0)
 
 
 def transform(
-    images: Tensor, augmentations: Tensor | None, scale: Tensor, shift: Tensor, memory_format: torch.memory_format
+    images: Tensor,
+    table: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    memory_format: torch.memory_format,
+    geometry: Geometry,
+    function: Function | None = None,
 ) -> Tensor:
-    """(B, 3, H, W) uint8 -> float32: augment by the rows of `augmentations` (B, 3), if given, and normalize.
+    """(B, C, H, W) uint8 -> float32: augment by the rows of `table` and by `function`, if given, and normalize.
 
-    `scale` and `shift` come from `scale_and_shift` for this image size and device.
+    `scale` and `shift` come from `Normalization.scale_and_shift`.
     """
-    if augmentations is not None:
-        images = augment(images, augmentations)
-    num_images, _, height, width = images.shape
-    flat = images.permute(0, 2, 3, 1).reshape(num_images, height * width * 3).to(torch.float32)
-    normalized = flat.mul_(scale).add_(shift).view(num_images, height, width, 3).permute(0, 3, 1, 2)
-    return normalized.contiguous(memory_format=memory_format)
+    if table is not None:
+        images = geometry.crop_and_flip(images, table)
+    if function:
+        images = function(images)
+        if images.is_floating_point():
+            scale = scale * 255
+    normalized = scale_images(images, scale, shift, memory_format)
+    return normalized if table is None else geometry.cut_out(normalized, table)
 
 
-@functools.cache
-def scale_and_shift(num_pixels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return scale and shift for every value of an image: broadcasting over three channels would take twice as long."""
-    return tuple(t.repeat(num_pixels).to(device) for t in channel_scale_and_shift())  # type: ignore[return-value]
+def build_function(config: AugmentConfig) -> Function | None:
+    """Return the user-defined augmentation, None without one. The function raises `UserError` if an image's shape changes."""
+    if config.name is None:
+        return None
+    key, name = "augment.name", config.name
+    function: Function = resolve(key, name)
+
+    def augment(images: Tensor) -> Tensor:
+        given = images.float() / 255 if config.dtype == "float32" else images
+        try:
+            found = call(key, name, function, given, **config.args)
+        except UserError:
+            raise
+        except Exception as error:  # user-defined code may raise anything
+            raise UserError(f"{key}={name} fails on {_described(given)}: {first_line(error)}") from error
+        valid = isinstance(found, Tensor) and found.shape == images.shape and found.device == images.device
+        if not valid or found.dtype not in (torch.uint8, torch.float32):
+            raise UserError(
+                f"{key}={name} returned {_described(found)} for {_described(given)}: expected the same shape and device, "
+                f"uint8 or float32"
+            )
+        return found
+
+    return augment
 
 
-def channel_scale_and_shift() -> tuple[Tensor, Tensor]:
-    """(3,) float32 each: pixel x scale + shift is (pixel / 255 - MEAN) / STD."""
-    mean, std = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
-    return (1 / (255 * std)).float(), (-mean / std).float()
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"images {tuple(value.shape)} of type {str(value.dtype).removeprefix('torch.')} on {value.device.type}"
+
+
+class Mixed(NamedTuple):
+    """A mixed micro-batch."""
+
+    images: Tensor
+    """(B, C, H, W)"""
+    share: float
+    """The share (0 to 1) of each image's own label; the rest is that of the image before it."""
+
+
+def mix(images: Tensor, config: AugmentConfig, *place: int) -> Mixed:
+    """Mix each image of a micro-batch with the one before it. `place` identifies the micro-batch in the run.
+
+    mixup: Zhang, Cisse, Dauphin and Lopez-Paz, mixup: Beyond Empirical Risk Minimization (2018). cutmix: Yun et al., CutMix:
+    Regularization Strategy to Train Strong Classifiers with Localizable Features (2019).
+    """
+    random = np.random.default_rng(derive_seed("mix", *place))
+    uses_cutmix = config.cutmix > 0 and (config.mixup == 0 or random.random() < 0.5)
+    alpha = config.cutmix if uses_cutmix else config.mixup
+    share = float(random.beta(alpha, alpha))
+    others = images.roll(1, 0)
+    if not uses_cutmix:
+        return Mixed(torch.lerp(others, images, share), share)
+    height, width = images.shape[2:]
+    half = 0.5 * (1 - share) ** 0.5
+    row, column = random.integers(height), random.integers(width)
+    top, bottom = max(0, round(row - half * height)), min(height, round(row + half * height))
+    left, right = max(0, round(column - half * width)), min(width, round(column + half * width))
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+    return Mixed(mixed, 1 - (bottom - top) * (right - left) / (height * width))
+
+
+def soft_labels(labels: Tensor, share: float, num_classes: int) -> Tensor:
+    """(B,) labels -> (B, num_classes) float32 of a mixed micro-batch."""
+    own = F.one_hot(labels, num_classes).float()
+    return torch.lerp(own.roll(1, 0), own, share)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ddp_cifar.data.cache import only_one
 from ddp_cifar.data.dataset import DataSet, Split
@@ -33,7 +32,7 @@ class Cifar10(Source):
         """Read the data set, and first download it once per node if missing. Raises `UserError` if that fails."""
         world.on_each_node(self._download)
         train, test = (self._open(train=is_train) for is_train in (True, False))
-        return DataSet(_split(train), _split(test), tuple(train.classes))
+        return DataSet(self._split(train), self._split(test), tuple(train.classes))
 
     def metadata(self, world: World) -> DataSet:
         """Return the shapes of CIFAR-10; warn if it is not in data.root."""
@@ -42,7 +41,8 @@ class Cifar10(Source):
                 f"CIFAR-10 is not in data.root={self.config.root} yet: the run will download it, which needs internet "
                 f"access on the compute nodes; to download it now, run python -m ddp_cifar.prepare"
             )
-        return DataSet(Split.metadata_only(50_000, 32), Split.metadata_only(10_000, 32), CLASSES)
+        train, test = (Split.metadata_only(count, self.config.image_shape) for count in (50_000, 10_000))
+        return DataSet(train, test, CLASSES)
 
     def files(self) -> list[Path]:
         """Return the seven files that a download creates in data.root."""
@@ -57,6 +57,10 @@ class Cifar10(Source):
         with only_one(root / ".cifar10.lock"):  # nodes that share the folder take turns downloading
             self._open(train=False, download=True)
 
+    def _split(self, dataset: Any) -> Split:
+        images = self.to_channels(torch.from_numpy(dataset.data).permute(0, 3, 1, 2))
+        return Split.of(images, torch.tensor(dataset.targets))
+
     def _open(self, *, train: bool, download: bool = False) -> Any:
         from torchvision.datasets import CIFAR10  # imported here because it takes seconds
 
@@ -68,11 +72,6 @@ class Cifar10(Source):
                 f"CIFAR-10 is not in data.root={self.config.root} and cannot be downloaded ({first_line(error)}): copy the "
                 f"folder cifar-10-batches-py there from another machine, or train on generated images with data.name=shapes"
             ) from error
-
-
-def _split(dataset: Any) -> Split:
-    images: Tensor = torch.from_numpy(dataset.data).permute(0, 3, 1, 2)
-    return Split.of(images, torch.tensor(dataset.targets))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,8 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddp_cifar.config import ImageShape
 from ddp_cifar.errors import UserError
 from ddp_cifar.seeding import generator
+
+CHUNK_BYTES = 16 * 2**20  # of images, whose sums are computed at once
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Split:
     """Images and labels of one split. Several splits may share one tensor of images."""
 
     images: Tensor
-    """(M, 3, H, W) uint8, channels-last in memory; may also contain images of other splits"""
+    """(M, C, H, W) uint8, channels-last in memory; may also contain images of other splits"""
     labels: Tensor
     """(N,) int64, 0 to the number of classes - 1"""
     sample_ids: Tensor
@@ -29,24 +33,25 @@ class Split:
         return len(self.labels)
 
     @property
-    def image_size(self) -> int:
-        """Height and width, in pixels."""
-        return self.images.shape[2]
+    def image_shape(self) -> ImageShape:
+        """(C, H, W)"""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
 
     @staticmethod
-    def metadata_only(num_images: int, image_size: int) -> "Split":
+    def metadata_only(num_images: int, image_shape: ImageShape) -> "Split":
         """Return a split without data, on torch's meta device."""
-        shape = (num_images, 3, image_size, image_size)
+        images = torch.empty(num_images, *image_shape, dtype=torch.uint8, device="meta")
         labels = torch.empty(num_images, dtype=torch.int64, device="meta")
-        return Split(torch.empty(shape, dtype=torch.uint8, device="meta"), labels, labels)
+        return Split(images, labels, labels)
 
     @staticmethod
     def of(images: Tensor, labels: Tensor) -> "Split":
-        """Return a split of all images (N, 3, S, S) uint8 with labels (N,). Raises `UserError` for other shapes or types."""
+        """Return a split of all images (N, C, H, W) uint8 with labels (N,). Raises `UserError` for other shapes or types."""
         shape = tuple(images.shape)
-        if images.dtype != torch.uint8 or images.ndim != 4 or shape[1] != 3 or shape[2] != shape[3]:
+        if images.dtype != torch.uint8 or images.ndim != 4:
             raise UserError(
-                f"the images of a split have type {images.dtype} and shape {shape}: expected torch.uint8 and (N, 3, S, S)"
+                f"the images of a split have type {images.dtype} and shape {shape}: expected torch.uint8 and (N, C, H, W)"
             )
         if tuple(labels.shape) != shape[:1]:
             raise UserError(f"{shape[0]} images have labels of shape {tuple(labels.shape)}: expected ({shape[0]},)")
@@ -63,6 +68,38 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """Exact sums over pixels, per channel, from which mean and standard deviation follow."""
+
+    num_pixels: int
+    sums: tuple[int, ...]
+    squares: tuple[int, ...]
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """The mean per channel, of values scaled to 0 to 1."""
+        return tuple(total / (255 * self.num_pixels) for total in self.sums)
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """The standard deviation per channel over all pixels, of values scaled to 0 to 1. At least 1/255: never 0."""
+        n = self.num_pixels
+        variances = [n * square - total * total for total, square in zip(self.sums, self.squares, strict=True)]
+        return tuple(max(math.sqrt(variance) / n, 1.0) / 255 for variance in variances)
+
+    @staticmethod
+    def of(images: Tensor) -> "Moments":
+        """Return the sums over (N, C, H, W) uint8 images. They are integers, so the order does not matter."""
+        channels = images.shape[1]
+        sums = squares = torch.zeros(channels, dtype=torch.int64)
+        for chunk in images.split(max(1, CHUNK_BYTES // images[0].numel())):
+            values = chunk.permute(0, 2, 3, 1).reshape(-1, channels).to(torch.int32)
+            sums = sums + values.sum(0)  # int64
+            squares = squares + (values * values).sum(0)
+        return Moments(images.numel() // channels, tuple(sums.tolist()), tuple(squares.tolist()))
+
+
+@dataclass(frozen=True)
 class DataSet:
     """The splits of a data set and its class names."""
 
@@ -70,6 +107,10 @@ class DataSet:
     test: Split | None
     classes: tuple[str, ...]
     val: Split | None = None
+    checksum: int | None = None
+    """The `image_checksum`, if it is known without reading the images."""
+    moments: Moments | None = None
+    """The `pixel_moments`, if they are known."""
 
     def checked(self, source: str) -> "DataSet":
         """Return the data set. Raises `UserError`, which names `source`, if splits do not fit each other or the classes."""
@@ -84,10 +125,10 @@ class DataSet:
                     f"{source}: the labels of the {name} split range from {low} to {high}: expected 0 to {len(self.classes) - 1} "
                     f"({len(self.classes)} classes)"
                 )
-            if split.image_size != self.train.image_size:
+            if split.image_shape != self.train.image_shape:
                 raise UserError(
-                    f"{source}: the {name} images have {split.image_size} x {split.image_size} pixels, the train images "
-                    f"{self.train.image_size} x {self.train.image_size}: expected the same size"
+                    f"{source}: the {name} images have the shape {split.image_shape}, the train images "
+                    f"{self.train.image_shape}: expected the same channels, height and width"
                 )
         names = list(self.classes)
         if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
@@ -98,10 +139,17 @@ class DataSet:
     @functools.cached_property
     def image_checksum(self) -> int:
         """CRC-32 of all pixels. It detects changes, not attacks."""
+        if self.checksum is not None:
+            return self.checksum
         checksum = 0
         for images in {id(split.images): split.images for split in (self.train, self.val, self.test) if split}.values():
             checksum = zlib.crc32(images.permute(0, 2, 3, 1).contiguous().numpy().data, checksum)
         return checksum
+
+    @functools.cached_property
+    def pixel_moments(self) -> Moments:
+        """The sums over the training images, including those held out for validation."""
+        return self.moments or Moments.of(self.train.images)
 
     def describe(self) -> str:
         """Return the sizes, and checksums of classes and labels, and of pixels; equal if the same data is read twice."""
@@ -128,7 +176,7 @@ class DataSet:
             )
         shuffled = torch.randperm(len(self.train), generator=generator("val"))
         val, train = shuffled[:val_images].sort().values, shuffled[val_images:].sort().values
-        return DataSet(self.train.take(train), self.test, self.classes, val=self.train.take(val))
+        return dataclasses.replace(self, train=self.train.take(train), val=self.train.take(val))
 
     def to(self, device: torch.device) -> "DataSet":
         """Return the data set on a device. A tensor of images that splits share is copied once."""
@@ -140,7 +188,7 @@ class DataSet:
             return Split(moved[id(split.images)], split.labels.to(device), split.sample_ids.to(device))
 
         test, val = (split and move(split) for split in (self.test, self.val))
-        return DataSet(move(self.train), test, self.classes, val)
+        return dataclasses.replace(self, train=move(self.train), test=test, val=val)
 
 
 def is_same_data(before: str, now: str) -> bool:
@@ -155,3 +203,9 @@ def choose_data_device(splits: Iterable[Split | None], device: torch.device, res
         free, _ = torch.cuda.mem_get_info(device)
         residency = "device" if sum(each.values()) <= free / 2 else "host"
     return torch.device("cpu") if residency == "host" else device
+
+
+def to_grayscale(images: Tensor) -> Tensor:
+    """(N, 3, H, W) uint8 -> (N, 1, H, W) uint8: luma of ITU-R BT.601, rounded as Pillow's convert("L")."""
+    red, green, blue = images.int().unbind(1)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8).unsqueeze(1)

@@ -1,10 +1,11 @@
-"""Decode image files of any size, mode and orientation to upright RGB squares, on all cores.
+"""Decode image files of any size, mode and orientation to upright images of one shape, on all cores.
 
 Run as a program, this file is the worker that `decode_all` starts. It imports nothing of the package, so that it starts fast.
 """
 
 import contextlib
 import errno
+import math
 import os
 import pickle
 import queue
@@ -46,22 +47,30 @@ class ReadError(OSError):
     """A file cannot be read (no permission, disk error), so that nothing is known about its image."""
 
 
-def decode(path: Path, image_size: int) -> NDArray[np.uint8]:
-    """Return (image_size, image_size, 3): the short side is resized to `image_size`, and the center is cropped.
+ImageShape = tuple[int, int, int]
+"""Channels (1 or 3), height and width."""
 
-    The image is rotated as its EXIF data say. 16-bit grayscale is scaled to 8 bits, transparency becomes white, and an
+
+def decode(path: Path, image_shape: ImageShape) -> NDArray[np.uint8]:
+    """Return (H, W, C) for `image_shape` (C, H, W): the image is resized to cover H x W, and the center is cropped.
+
+    It is rotated as its EXIF data say. 16-bit grayscale is scaled to 8 bits, transparency becomes white, and an
     animation is reduced to its first frame. Raises `DecodeError` if the file cannot be decoded or its values have an
     unknown range, and `ReadError` if it exists but cannot be read.
     """
     try:
         with Image.open(path) as image:
             # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is still twice the needed size
-            image.draft(None, (2 * image_size, 2 * image_size))
+            channels, height, width = image_shape
+            side = 2 * max(height, width)  # of a square, because the image may be rotated
+            image.draft(None, (side, side))
             upright = _to_rgb(_upright(image), image.format)
-            side = min(upright.size)
-            left, top = (upright.width - side) / 2, (upright.height - side) / 2
-            square = (left, top, left + side, top + side)
-            return np.asarray(upright.resize((image_size, image_size), Image.Resampling.BILINEAR, box=square))
+            if channels == 1:
+                upright = upright.convert("L")
+            resized = upright.resize(
+                (width, height), Image.Resampling.BILINEAR, box=_center(upright.size, height, width)
+            )
+            return np.asarray(resized).reshape(height, width, channels)
     except (DecodeError, MemoryError):
         raise
     except Exception as error:  # a decoder may raise anything for a broken file
@@ -72,6 +81,17 @@ def decode(path: Path, image_size: int) -> NDArray[np.uint8]:
         for name in (f" {str(path)!r}", f": {str(path)!r}"):
             reason = reason.replace(name, "")
         raise DecodeError(reason.strip(":")) from error
+
+
+def _center(size: tuple[int, int], height: int, width: int) -> tuple[float, float, float, float]:
+    """Return the largest box (left, top, right, bottom) in the middle of an image of `size` with the aspect of H x W."""
+    found_width, found_height = size
+    if found_width * height > found_height * width:
+        box_width, box_height = found_height * width / height, float(found_height)
+    else:
+        box_width, box_height = float(found_width), found_width * height / width
+    left, top = (found_width - box_width) / 2, (found_height - box_height) / 2
+    return left, top, left + box_width, top + box_height
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -98,19 +118,19 @@ def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_all(paths: Sequence[Path], image_size: int, num_workers: int) -> Iterator[bytes | str]:
+def decode_all(paths: Sequence[Path], image_shape: ImageShape, num_workers: int) -> Iterator[bytes | str]:
     """Yield the pixels of each file, in order, or an error message. Uses up to `num_workers` processes.
 
     It uses processes because most of the work on a small file holds Python's GIL. Raises `ReadError` for a file that exists
     but cannot be read.
     """
-    size = max(1, min(CHUNK_FILES, CHUNK_BYTES // (3 * image_size**2)))
+    size = max(1, min(CHUNK_FILES, CHUNK_BYTES // math.prod(image_shape)))
     chunks = [paths[i : i + size] for i in range(0, len(paths), size)]
     num_workers = min(num_workers, len(chunks))
     if num_workers < 2:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about files that it can read
-            yield from _decode_chunk(paths, image_size)
+            yield from _decode_chunk(paths, image_shape)
         return
     idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
 
@@ -136,7 +156,7 @@ def decode_all(paths: Sequence[Path], image_size: int, num_workers: int) -> Iter
 
     with contextlib.ExitStack() as stack:
         # -P: otherwise Python would search this file's folder for modules
-        command = [sys.executable, "-P", __file__, str(image_size)]
+        command = [sys.executable, "-P", __file__, *map(str, image_shape)]
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -166,15 +186,15 @@ def _end(worker: "subprocess.Popen[bytes]") -> None:
     worker.wait()
 
 
-def _decode_chunk(paths: Sequence[Path], image_size: int) -> Iterator[bytes | str]:
+def _decode_chunk(paths: Sequence[Path], image_shape: ImageShape) -> Iterator[bytes | str]:
     for path in paths:
         try:
-            yield decode(path, image_size).tobytes()
+            yield decode(path, image_shape).tobytes()
         except DecodeError as error:
             yield str(error)
 
 
-def _serve(image_size: int) -> None:
+def _serve(image_shape: ImageShape) -> None:
     """Answer each pickled list of paths on stdin with a list of pixels or error messages on stdout, until stdin closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which then closes stdin
     warnings.simplefilter("ignore")
@@ -183,7 +203,7 @@ def _serve(image_size: int) -> None:
             paths = pickle.load(sys.stdin.buffer)
             answer: list[bytes | str] | Exception
             try:
-                answer = list(_decode_chunk(paths, image_size))
+                answer = list(_decode_chunk(paths, image_shape))
             except ReadError as error:
                 # as a class that the parent can unpickle: in this process, ReadError belongs to __main__
                 answer = OSError(error.errno, error.strerror, error.filename)
@@ -194,4 +214,4 @@ def _serve(image_size: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve((int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

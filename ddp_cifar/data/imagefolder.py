@@ -12,15 +12,16 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddp_cifar.config import DataConfig
+from ddp_cifar.config import DataConfig, ImageShape
 from ddp_cifar.data.cache import make_once
-from ddp_cifar.data.dataset import DataSet, Split
+from ddp_cifar.data.dataset import DataSet, Moments, Split
 from ddp_cifar.data.decode import ReadError, decode_all
 from ddp_cifar.data.files import SUFFIXES, find_image_files, warn_of_skipped
 from ddp_cifar.data.source import Source
@@ -28,7 +29,7 @@ from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
 
-FORMAT = 1  # version of the cache; a new version creates new folders
+FORMAT = 2  # version of the cache; a new version creates new folders
 SHOWN = 20  # maximum number of files that a log lists
 
 
@@ -63,12 +64,16 @@ class ImageFolder(Source):
         Also raises `UserError` for a file that cannot be read, or cannot be decoded (unless data.on_corrupt is skip), and
         for a cache that cannot be written, cannot be read or is damaged.
         """
-        folder = world.on_each_node(lambda: _decoded_folder(self.config))
+        folder = world.on_each_node(self._decoded_folder)
         try:
             index = np.load(folder / "index.npz", allow_pickle=False)
             skipped = [str(line) for line in index["skipped"]]
             classes = tuple(str(name) for name in index["classes"])
-            splits = {name: _open_split(folder, name, index[name], self.config.image_size) for name in index["splits"]}
+            splits = {name: _open_split(folder, name, index[name], self.config.image_shape) for name in index["splits"]}
+            train = splits["train"]
+            num_pixels = train.images.numel() // train.image_shape[0]
+            moments = Moments(num_pixels, tuple(index["sums"].tolist()), tuple(index["squares"].tolist()))
+            checksum = int(index["checksum"])
         except (PermissionError, FileNotFoundError) as error:
             raise UserError(
                 f"cannot read the decoded images in {folder} ({error.strerror}: {error.filename}): make them readable, or "
@@ -78,59 +83,59 @@ class ImageFolder(Source):
             raise UserError(f"the decoded images in {folder} are damaged ({error}): remove that folder") from error
         if skipped and world.is_main:
             log.warning(f"skipping {len(skipped)} files (data.on_corrupt=skip): {'; '.join(skipped[:3])}")
-        return DataSet(splits["train"], splits.get("test"), classes)
+        return DataSet(train, splits.get("test"), classes, checksum=checksum, moments=moments)
 
     def metadata(self, world: World) -> DataSet:
         """Return the shapes, from the names of the files. Logs the number of files if they are not decoded yet."""
-        tree, folder = _look(self.config)
+        tree, folder = self._look()
         sizes = {name: len(files) for name, files in tree.splits.items()}
         if not folder.exists():
             log.info(
                 f"the run will first decode {sum(sizes.values())} files; to decode them now, run python -m ddp_cifar.prepare"
             )
-        splits = {name: Split.metadata_only(size, self.config.image_size) for name, size in sizes.items()}
+        splits = {name: Split.metadata_only(size, self.config.image_shape) for name, size in sizes.items()}
         return DataSet(splits["train"], splits.get("test"), tree.classes)
 
     def files(self) -> list[Path]:
-        tree, _ = _look(self.config)
+        tree, _ = self._look()
         return [Path(self.config.root, file.name) for files in tree.splits.values() for file in files]
 
+    def _look(self) -> tuple[Tree, Path]:
+        """Return the files and their cache folder, which may not exist yet."""
+        config, (channels, height, width) = self.config, self.config.image_shape
+        root = Path(config.root)
+        tree = _scan(root, needs_test=config.val_images == 0)
+        cache = root / ".cache" if config.cache == "auto" else Path(config.cache)
+        return tree, cache / f"imagefolder-{height}x{width}x{channels}-{_fingerprint(tree, config)}"
 
-def _look(config: DataConfig) -> tuple[Tree, Path]:
-    """Return the files and their cache folder, which may not exist yet."""
-    root = Path(config.root)
-    tree = _scan(root, needs_test=config.val_images == 0)
-    cache = root / ".cache" if config.cache == "auto" else Path(config.cache)
-    return tree, cache / f"imagefolder-{config.image_size}px-{_fingerprint(tree, config)}"
+    def _decoded_folder(self) -> Path:
+        """Return the cache folder, after creating it if it does not exist."""
+        tree, folder = self._look()
+        try:
+            make_once(folder, lambda temporary: _decode_tree(tree, self.config, temporary))
+        except ReadError as error:
+            raise UserError(
+                f"{error.filename} cannot be read ({error.strerror}): make it readable, or remove it"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"cannot write the decoded images to {folder.parent} ({error.strerror}): set data.cache to another folder "
+                f"with enough space"
+            ) from error
+        return folder
 
 
-def _decoded_folder(config: DataConfig) -> Path:
-    """Return the cache folder, after creating it if it does not exist."""
-    tree, folder = _look(config)
-    try:
-        make_once(folder, lambda temporary: _decode_tree(tree, config, temporary))
-    except ReadError as error:
-        raise UserError(
-            f"{error.filename} cannot be read ({error.strerror}): make it readable, or remove it"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"cannot write the decoded images to {folder.parent} ({error.strerror}): set data.cache to another folder with "
-            f"enough space"
-        ) from error
-    return folder
-
-
-def _open_split(folder: Path, name: str, labels: "np.typing.NDArray[np.int64]", image_size: int) -> Split:
+def _open_split(folder: Path, name: str, labels: "np.typing.NDArray[np.int64]", image_shape: ImageShape) -> Split:
     path = folder / f"{name}.images"
-    num_bytes = len(labels) * image_size * image_size * 3
+    channels, height, width = image_shape
+    num_bytes = len(labels) * height * width * channels
     with open(path, "rb") as file:
         found = os.fstat(file.fileno()).st_size
     if found != num_bytes:
         raise ValueError(f"{path.name} has {found} bytes, expected {num_bytes}")
     # a private map that is never written: all ranks of a node share its pages
     pixels: Tensor = torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
-    images = pixels.view(len(labels), image_size, image_size, 3).permute(0, 3, 1, 2)
+    images = pixels.view(len(labels), height, width, channels).permute(0, 3, 1, 2)
     return Split.of(images, torch.from_numpy(labels))
 
 
@@ -194,7 +199,7 @@ def _fingerprint(tree: Tree, config: DataConfig) -> str:
     """Return a hash of all inputs of the cache: name, size and time of each file, and the settings."""
     # a cache inside the tree moves with it; in a cache of several trees, the path is part of the key
     location = "" if config.cache == "auto" else str(Path(config.root).resolve())
-    settings = f"{FORMAT} {config.image_size} {config.on_corrupt} {tree.classes} {location}"
+    settings = f"{FORMAT} {config.image_size} {config.channels} {config.on_corrupt} {tree.classes} {location}"
     sha = hashlib.sha256(settings.encode(errors="surrogateescape"))
     for files in tree.splits.values():
         for file in files:
@@ -206,19 +211,19 @@ def _fingerprint(tree: Tree, config: DataConfig) -> str:
 
 
 def _decode_tree(tree: Tree, config: DataConfig, folder: Path) -> None:
-    """Write `train.images`, `test.images` ((N, S, S, 3) bytes each) and `index.npz` into `folder`."""
+    """Write `train.images`, `test.images` ((N, H, W, C) bytes each) and `index.npz` into `folder`."""
     started = time.perf_counter()
     num_files = sum(len(files) for files in tree.splits.values())
     log.info(f"decoding {num_files} files in {config.root} to {folder.parent} (only once)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     problems: list[str] = []
-    index: dict[str, object] = {"classes": list(tree.classes), "splits": list(tree.splits)}
+    index: dict[str, Any] = {"classes": list(tree.classes), "splits": list(tree.splits)}
     with tqdm(total=num_files, desc="decoding", unit="file", leave=False, disable=None) as bar:
         for name, files in tree.splits.items():
             labels = []
             paths = [Path(config.root, file.name) for file in files]
             with open(folder / f"{name}.images", "wb") as output:
-                for file, decoded in zip(files, decode_all(paths, config.image_size, cores), strict=True):
+                for file, decoded in zip(files, decode_all(paths, config.image_shape, cores), strict=True):
                     bar.update()
                     if isinstance(decoded, bytes):
                         output.write(decoded)
@@ -233,7 +238,11 @@ def _decode_tree(tree: Tree, config: DataConfig, folder: Path) -> None:
         for problem in problems[1:SHOWN]:
             log.warning(problem)
         raise UserError(f"{problems[0]}{more}: fix or remove them, or skip them with data.on_corrupt=skip")
-    np.savez(folder / "index.npz", skipped=np.array(problems, dtype=np.str_), **index)  # type: ignore[arg-type]
+    splits = {name: _open_split(folder, name, index[name], config.image_shape) for name in tree.splits}
+    dataset = DataSet(splits["train"], splits.get("test"), tree.classes)
+    moments = dataset.pixel_moments
+    index |= {"checksum": dataset.image_checksum, "sums": moments.sums, "squares": moments.squares}
+    np.savez(folder / "index.npz", skipped=np.array(problems, dtype=np.str_), **index)
     log.info(f"decoded in {time.perf_counter() - started:.1f} s")
 
 

@@ -13,14 +13,17 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ddp_cifar.data.augment import draw_augmentations, scale_and_shift, transform
+from ddp_cifar.config import AugmentConfig, ImageShape
+from ddp_cifar.data.augment import Function, Geometry, build_function, mix, soft_labels, transform
 from ddp_cifar.data.dataset import Split
+from ddp_cifar.data.normalization import Normalization
 from ddp_cifar.data.sampler import MicroBatchIndices, StepIndices, StepSampler
 from ddp_cifar.distributed.world import World
+from ddp_cifar.seeding import seed_all
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch", bound="MicroBatch | EvalBatch")
-Transform = Callable[[Tensor, Tensor | None, Tensor, Tensor, torch.memory_format], Tensor]
+Transform = Callable[[Tensor, Tensor | None, Tensor, Tensor, torch.memory_format, Geometry, Function | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,13 @@ class MicroBatch:
     index: int
     """Index of this micro-batch in the step's global batch, independent of the rank that computes it."""
     images: Tensor
-    """(B, 3, H, W) float32, normalized, on the device"""
+    """(B, C, H, W) float32, normalized, on the device"""
     labels: Tensor
     """(B,) int64, on the device"""
     sample_ids: Tensor
     """(B,) int64, on the device: the ids of the images"""
+    targets: Tensor
+    """What the loss compares with the logits: `labels` or, with mixup or cutmix, (B, classes) float32 soft labels"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class EvalBatch:
     """The input of one forward pass in an evaluation."""
 
     images: Tensor
-    """(B, 3, H, W) float32, normalized, on the device"""
+    """(B, C, H, W) float32, normalized, on the device"""
     labels: Tensor
     """(B,) int64, on the device"""
     indices: Tensor
@@ -110,13 +115,15 @@ class EvalLoader:
     Batches are gathered where the split is stored, and copied to the device as uint8.
     """
 
-    def __init__(self, split: Split, channels_last: bool, device: torch.device) -> None:
+    def __init__(self, split: Split, normalization: Normalization, channels_last: bool, device: torch.device) -> None:
         self.split = split
+        self.normalization = normalization
         self.device = device
         self.is_resident = split.images.device == device
         self.stream = None if self.is_resident or device.type != "cuda" else torch.cuda.Stream(device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.scale, self.shift = scale_and_shift(split.image_size**2, device)
+        self.geometry = Geometry(padding=0, flip=False, cutout=0)
+        self.function: Function | None = None
         self.transform: Transform = transform
         """Function from uint8 images to the network's input; train.compile replaces it by a compiled one."""
 
@@ -124,14 +131,17 @@ class EvalLoader:
         return len(self.split)
 
     @property
-    def image_shape(self) -> torch.Size:
-        """(3, H, W)"""
-        return self.split.images.shape[1:]
+    def image_shape(self) -> ImageShape:
+        """(C, H, W)"""
+        return self.split.image_shape
 
-    def gather(self, indices: Tensor, augmentations: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B,) int64 indices -> (B, 3, H, W) float32 images, (B,) int64 labels and sample ids, on the device.
+    def gather(
+        self, indices: Tensor, augmentations: Tensor | None = None, *place: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,) int64 indices -> (B, C, H, W) float32 images, (B,) int64 labels and sample ids, on the device.
 
-        If `augmentations` (num_ids, 3) is given, each image is augmented by the row of its sample id.
+        If `augmentations` (num_ids, 3 or 5) is given, each image is augmented by the row of its sample id, and by the
+        user-defined function, whose random numbers depend on `place`.
         """
         indices = indices.to(self.split.images.device)
         sample_ids = self.split.sample_ids[indices]
@@ -141,7 +151,13 @@ class EvalLoader:
         if not self.is_resident:
             images, labels, sample_ids = (self._send(tensor) for tensor in (images, labels, sample_ids))
             table = None if table is None else self._send(table)
-        return self.transform(images, table, self.scale, self.shift, self.memory_format), labels, sample_ids
+        _, height, width = self.image_shape
+        scale, shift = self.normalization.scale_and_shift(height * width, self.device)
+        function = self.function if augmentations is not None else None
+        if function:
+            seed_all(self.device, "augment.name", *place)
+        images = self.transform(images, table, scale, shift, self.memory_format, self.geometry, function)
+        return images, labels, sample_ids
 
     def _send(self, tensor: Tensor) -> Tensor:
         """Copy to the device; only the device's stream waits for the copy."""
@@ -161,7 +177,7 @@ class EvalLoader:
         batches = torch.arange(len(self)).split(batch_size)
 
         def make(indices: Tensor) -> EvalBatch:
-            images, labels, _ = self.gather(indices, augmentations)
+            images, labels, _ = self.gather(indices, augmentations, int(indices[0]))
             return EvalBatch(images, labels, indices)
 
         rank_batches = batches[world.rank :: world.world_size]
@@ -174,11 +190,25 @@ class TrainLoader(EvalLoader):
     """The training split, and this rank's part of each step."""
 
     def __init__(
-        self, split: Split, sampler: StepSampler, seed: int, channels_last: bool, device: torch.device
+        self,
+        split: Split,
+        normalization: Normalization,
+        channels_last: bool,
+        device: torch.device,
+        *,
+        sampler: StepSampler,
+        config: AugmentConfig,
+        num_classes: int,
+        seed: int,
     ) -> None:
-        super().__init__(split, channels_last, device)
+        """Raises `UserError` if there is no user-defined augmentation of the name in `config`."""
+        super().__init__(split, normalization, channels_last, device)
         self.sampler = sampler
+        self.config = config
+        self.num_classes = num_classes
         self.seed = seed
+        self.geometry = Geometry.of(config, split.image_shape)
+        self.function = build_function(config)
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[StepBatch]:
         """Yield the epoch's steps, starting with `first_step`."""
@@ -186,15 +216,27 @@ class TrainLoader(EvalLoader):
         steps, again = itertools.tee(self.sampler.steps(epoch, first_step, self.split.images.device))
 
         def make(micro: MicroBatchIndices) -> MicroBatch:
-            return MicroBatch(micro.index, *self.gather(micro.indices, augmentations))
+            place = (self.seed, epoch, micro.step, micro.index)
+            images, labels, sample_ids = self.gather(micro.indices, augmentations, *place)
+            targets = labels
+            if self.config.mixup or self.config.cutmix:
+                images, share = mix(images, self.config, *place)
+                images = images.contiguous(memory_format=self.memory_format)
+                targets = soft_labels(labels, share, self.num_classes)
+            return MicroBatch(micro.index, images, labels, sample_ids, targets)
 
         prefetcher = Prefetcher(make, (micro for step in again for micro in step.micro_batches), self.stream)
         for indices in steps:
             yield StepBatch(indices, prefetcher.take)
 
     def augmentations(self, epoch: int, purpose: str = "augment") -> Tensor:
-        """Return (num_ids, 3) int32, where the split is stored: the crop and flip of each sample id in this epoch."""
-        table = draw_augmentations(
-            len(self.split.images), seed=self.seed, epoch=epoch, image_size=self.split.image_size, purpose=purpose
+        """Return (num_ids, 3 or 5) int32, where the split is stored: crop, flip and cutout of each sample id in this epoch."""
+        table = self.geometry.draw(
+            len(self.split.images), self.image_shape, seed=self.seed, epoch=epoch, purpose=purpose
         )
         return table.to(self.split.images.device)
+
+    def sample_ids(self, epoch: int) -> Tensor:
+        """Return (N,) int64: the sample id of each image that the epoch trains on, in no particular order."""
+        ids = self.split.sample_ids
+        return ids if self.sampler.labels is None else ids[self.sampler.order(epoch).to(ids.device)]

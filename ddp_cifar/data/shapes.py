@@ -88,22 +88,21 @@ class Shapes(Source):
     def read(self, world: World) -> DataSet:
         """Generate all images."""
         shapes = self.config.shapes
-        train = _draw_split(shapes.train_images, generator("shapes train", shapes.seed))
-        test = _draw_split(shapes.test_images, generator("shapes test", shapes.seed))
+        train = self._draw_split(shapes.train_images, generator("shapes train", shapes.seed))
+        test = self._draw_split(shapes.test_images, generator("shapes test", shapes.seed))
         return DataSet(train, test, tuple(FORMS))
 
     def metadata(self, world: World) -> DataSet:
         """Return the shapes of the tensors, without images."""
-        shapes = self.config.shapes
-        train, test = Split.metadata_only(shapes.train_images, SIZE), Split.metadata_only(shapes.test_images, SIZE)
+        counts = self.config.shapes.train_images, self.config.shapes.test_images
+        train, test = (Split.metadata_only(count, self.config.image_shape) for count in counts)
         return DataSet(train, test, tuple(FORMS))
 
-
-def _draw_split(num_images: int, random: torch.Generator) -> Split:
-    labels = torch.arange(num_images) % len(FORMS)
-    labels = labels[torch.randperm(num_images, generator=random)]
-    images = torch.cat([_draw(chunk, random) for chunk in labels.split(CHUNK)])
-    return Split.of(images, labels)
+    def _draw_split(self, num_images: int, random: torch.Generator) -> Split:
+        labels = torch.arange(num_images) % len(FORMS)
+        labels = labels[torch.randperm(num_images, generator=random)]
+        images = torch.cat([_draw(chunk, random) for chunk in labels.split(CHUNK)])
+        return Split.of(self.to_channels(images), labels)
 
 
 def _draw(labels: Tensor, random: torch.Generator) -> Tensor:

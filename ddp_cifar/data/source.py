@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ddp_cifar.config import DataConfig
-from ddp_cifar.data.dataset import DataSet
+from ddp_cifar.data.dataset import DataSet, to_grayscale
 from ddp_cifar.distributed.world import World
 
 
@@ -29,3 +30,7 @@ class Source:
     def files(self) -> list[Path]:
         """Return the files that are read, which may not exist yet."""
         return []
+
+    def to_channels(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 -> (N, C, H, W) with the channels of `data.channels`."""
+        return to_grayscale(images) if self.config.channels == 1 else images

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddp_cifar.config import Config, flatten, keys_with_role, load_config
-from ddp_cifar.data.augment import channel_scale_and_shift
+from ddp_cifar.config import Config, ImageShape, flatten, keys_with_role, load_config
+from ddp_cifar.data.normalization import Normalization, normalization_of
 from ddp_cifar.distributed.rendezvous import open_world
 from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import UserError
@@ -38,19 +38,22 @@ def open_trained(source: str, arguments: Sequence[str]) -> Iterator[tuple[World,
 
 
 class TrainedNetwork(nn.Module):
-    """A network that includes its input normalization: (B, 3, S, S) uint8 images -> (B, classes) float32 logits."""
+    """A network that includes its input normalization: (B, C, H, W) uint8 images -> (B, classes) float32 logits."""
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, network: nn.Module, classes: Sequence[str], image_size: int) -> None:
+    def __init__(
+        self, network: nn.Module, classes: Sequence[str], image_shape: ImageShape, normalization: Normalization
+    ) -> None:
+        """`image_shape`: (C, H, W)."""
         super().__init__()
         self.network = network
         self.classes = tuple(classes)
-        self.image_size = image_size
-        scale, shift = channel_scale_and_shift()
-        self.register_buffer("scale", scale.view(1, 3, 1, 1))
-        self.register_buffer("shift", shift.view(1, 3, 1, 1))
+        self.image_shape = image_shape
+        scale, shift = normalization.channel_scale_and_shift()
+        self.register_buffer("scale", scale.view(1, -1, 1, 1))
+        self.register_buffer("shift", shift.view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(images.to(torch.float32) * self.scale + self.shift)
@@ -63,17 +66,21 @@ def load_trained(source: str | Path, device: str = "cpu") -> TrainedNetwork:
     Raises `UserError` if there is no checkpoint, or if its model cannot be built.
     """
     loaded = _read(Path(source))
-    classes, image_size = classes_and_image_size(loaded)
+    classes, image_shape = classes_and_image_shape(loaded)
     config = load_config(["train.channels_last=false"], base=_config_of(loaded))
-    model = trained_model(loaded, config, len(classes), image_size, torch.device(device))
-    return TrainedNetwork(model, classes, image_size).to(device).eval()
+    model = trained_model(loaded, config, len(classes), image_shape, torch.device(device))
+    return TrainedNetwork(model, classes, image_shape, normalization_of(loaded.state)).to(device).eval()
 
 
-def classes_and_image_size(loaded: Loaded) -> tuple[list[str], int]:
-    """Return the names of the classes, and the image size in pixels. Raises `UserError` if the checkpoint lacks them."""
+def classes_and_image_shape(loaded: Loaded) -> tuple[list[str], ImageShape]:
+    """Return the names of the classes, and (C, H, W) of the images. Raises `UserError` if the checkpoint lacks them."""
     if "classes" not in loaded.state:
         raise UserError(f"{loaded.path} has no class names: an older version wrote it; resume its run once to add them")
-    return loaded.state["classes"], loaded.state["image_size"]
+    state = loaded.state
+    if "image_shape" not in state:  # an older checkpoint, of square color images
+        return state["classes"], (3, state["image_size"], state["image_size"])
+    channels, height, width = state["image_shape"]
+    return state["classes"], (channels, height, width)
 
 
 def _config_of(loaded: Loaded) -> dict[str, Any]:
@@ -97,12 +104,14 @@ def check_classes(loaded: Loaded, classes: tuple[str, ...], source: str) -> None
         )
 
 
-def trained_model(loaded: Loaded, config: Config, num_classes: int, image_size: int, device: torch.device) -> nn.Module:
+def trained_model(
+    loaded: Loaded, config: Config, num_classes: int, image_shape: ImageShape, device: torch.device
+) -> nn.Module:
     """Return the checkpoint's network on a device, in eval mode, with its EMA weights if it has them.
 
     Raises `UserError` if the weights do not fit the network of `config`.
     """
-    model = build_model(config.model, num_classes, image_size)
+    model = build_model(config.model, num_classes, image_shape)
     weights: Mapping[str, Tensor] = loaded.state["ema" if "ema" in loaded.state else "model"]
     load_weights(model, weights, str(loaded.path))
     if config.train.channels_last:

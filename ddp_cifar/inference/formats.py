@@ -8,41 +8,43 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddp_cifar.data.augment import normalize
 from ddp_cifar.data.dataset import Split
+from ddp_cifar.data.normalization import Normalization
 from ddp_cifar.errors import UserError, first_line
 from ddp_cifar.inference import TrainedNetwork
 
 BATCH = 64  # images per batch of the comparison; the last batch is smaller, which tests the dynamic batch size
 
 Network = Callable[[Tensor], Tensor]
-"""(B, 3, S, S) uint8 -> (B, classes) float32."""
+"""(B, C, H, W) uint8 -> (B, classes) float32."""
 
 
 @torch.inference_mode()
-def largest_difference(network: Network, model: nn.Module, split: Split, num_images: int) -> tuple[float, int]:
+def largest_difference(
+    network: Network, model: nn.Module, normalization: Normalization, split: Split, num_images: int
+) -> tuple[float, int]:
     """Return the largest difference of a logit over the split's first images, and the number of these images."""
     images = split.images[split.sample_ids[:num_images]]
     largest = 0.0
     for batch in images.split(BATCH):
-        difference = (network(batch.contiguous()) - model(normalize(batch))).abs().max().item()
+        difference = (network(batch.contiguous()) - model(normalization.normalize(batch))).abs().max().item()
         largest = difference if difference != difference else max(largest, difference)  # nan counts as the largest
         if largest != largest:
             break
     return largest, len(images)
 
 
-def _program(exported: TrainedNetwork, image_size: int) -> torch.export.ExportedProgram:
+def _program(exported: TrainedNetwork) -> torch.export.ExportedProgram:
     """Export the network as a graph with a dynamic batch size."""
-    example = torch.zeros(4, 3, image_size, image_size, dtype=torch.uint8)
+    example = torch.zeros(4, *exported.image_shape, dtype=torch.uint8)
     try:
         return torch.export.export(exported, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
     except Exception as error:  # torch.export raises many kinds
         raise UserError(f"torch.export cannot export the model: {first_line(error)}") from error
 
 
-def write_pt2(exported: TrainedNetwork, image_size: int, metadata: dict[str, str], path: Path) -> None:
-    torch.export.save(_program(exported, image_size), path, extra_files=dict(metadata))
+def write_pt2(exported: TrainedNetwork, metadata: dict[str, str], path: Path) -> None:
+    torch.export.save(_program(exported), path, extra_files=dict(metadata))
 
 
 def read_pt2(path: Path) -> Network:
@@ -50,7 +52,7 @@ def read_pt2(path: Path) -> Network:
     return module
 
 
-def write_onnx(exported: TrainedNetwork, image_size: int, metadata: dict[str, str], path: Path) -> None:
+def write_onnx(exported: TrainedNetwork, metadata: dict[str, str], path: Path) -> None:
     try:
         import onnx
         import onnxruntime  # noqa: F401 - used by the comparison; report it missing before the export
@@ -61,7 +63,7 @@ def write_onnx(exported: TrainedNetwork, image_size: int, metadata: dict[str, st
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter
         program = torch.onnx.export(
-            _program(exported, image_size), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+            _program(exported), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
         )
     assert program is not None
     proto = program.model_proto
@@ -77,7 +79,7 @@ def read_onnx(path: Path) -> Network:
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-FORMATS: dict[str, tuple[Callable[[TrainedNetwork, int, dict[str, str], Path], None], Callable[[Path], Network]]] = {
+FORMATS: dict[str, tuple[Callable[[TrainedNetwork, dict[str, str], Path], None], Callable[[Path], Network]]] = {
     "onnx": (write_onnx, read_onnx),
     "pt2": (write_pt2, read_pt2),
 }

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddp_cifar.config import ImageShape
 from ddp_cifar.data.decode import ReadError, decode_all
 from ddp_cifar.data.files import SUFFIXES, find_image_files, warn_of_skipped
 from ddp_cifar.errors import UserError
@@ -30,8 +31,9 @@ def find_images(paths: Sequence[Path]) -> Iterator[Path]:
             raise UserError(f"{path} does not exist: expected an image or a folder of images")
 
 
-def read_batch(files: Sequence[Path], image_size: int) -> tuple[list[Row], Tensor]:
-    """Return a row per file, with `error` if it cannot be decoded, and the pixels of the others, (B, 3, S, S) uint8."""
+def read_batch(files: Sequence[Path], image_shape: ImageShape) -> tuple[list[Row], Tensor]:
+    """Return a row per file, with `error` if it cannot be decoded, and the pixels of the others, (B, C, H, W) uint8."""
+    channels, height, width = image_shape
     rows: list[Row] = [{"file": str(path)} for path in files]
     pixels = bytearray()
     readable = []
@@ -42,7 +44,7 @@ def read_batch(files: Sequence[Path], image_size: int) -> tuple[list[Row], Tenso
             readable.append((row, path))
         except OSError as error:
             row["error"] = f"it cannot be read ({error.strerror})"
-    decoded = decode_all([path for _, path in readable], image_size, num_workers=torch.get_num_threads())
+    decoded = decode_all([path for _, path in readable], image_shape, num_workers=torch.get_num_threads())
     try:
         for (row, _), found in zip(readable, decoded, strict=True):
             if isinstance(found, str):
@@ -52,7 +54,7 @@ def read_batch(files: Sequence[Path], image_size: int) -> tuple[list[Row], Tenso
     except ReadError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror})") from error
     flat = torch.frombuffer(pixels, dtype=torch.uint8) if pixels else torch.empty(0, dtype=torch.uint8)
-    return rows, flat.view(-1, image_size, image_size, 3).permute(0, 3, 1, 2)
+    return rows, flat.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
 
 def name_classes(rows: Sequence[Row], logits: Tensor, classes: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Networks: plain `nn.Module`s that do not depend on configs or ranks.
 
-To add a network, add a file here and a line in registry.py. Its function takes the number of classes, the image size (height
-and width, in pixels), and `model.args`.
+To add a network, add a file here and a line in registry.py. Its function takes the number of classes, the image size (in pixels;
+(height, width) if they differ), `num_channels` if the images do not have three, and `model.args`.
 """
 
 import contextlib
@@ -11,53 +11,56 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ddp_cifar.config import ModelConfig
+from ddp_cifar.config import ImageShape, ModelConfig
 from ddp_cifar.errors import UserError, first_line
 from ddp_cifar.registry import call, resolve
 from ddp_cifar.seeding import unchanged_generators
 
 
 def build_model(
-    config: ModelConfig, num_classes: int, image_size: int, device: torch.device | str = "cpu"
+    config: ModelConfig, num_classes: int, image_shape: ImageShape, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """Build the network of `config`, for images (B, 3, image_size, image_size) and logits (B, num_classes).
+    """Build the network of `config`, for images (B, *image_shape) and logits (B, num_classes).
 
     It is built on the CPU, so that its initial weights are the same on any device, then moved to `device` and tried.
     Raises `UserError` if its name is unknown, if it does not accept `config.args`, or if it fails on such images.
     """
     function = resolve("model.name", config.name)
-    model = call("model.name", config.name, function, num_classes, image_size, **config.args)
+    channels, height, width = image_shape
+    size = height if height == width else (height, width)
+    arguments = config.args if channels == 3 else {"num_channels": channels} | config.args
+    model = call("model.name", config.name, function, num_classes, size, **arguments)
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name={config.name} returned a {type(model).__name__}: expected a torch.nn.Module")
-    _materialize(model, config.name, image_size)
+    _materialize(model, config.name, image_shape)
     model = model.to(device)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"model.name={config.name} has no parameters to train")
-    _try(model, config.name, num_classes, image_size)
+    _try(model, config.name, num_classes, image_shape)
     return model
 
 
-def _materialize(model: nn.Module, name: str, image_size: int) -> None:
+def _materialize(model: nn.Module, name: str, image_shape: ImageShape) -> None:
     """Give lazy layers their shapes, and initial weights, by a forward pass. Raises `UserError` if it fails."""
     if not any(isinstance(module, LazyModuleMixin) for module in model.modules()):
         return
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(2, 3, image_size, image_size))
+            model.eval()(torch.zeros(2, *image_shape))
     except Exception as error:  # user-defined code may raise anything
         raise UserError(f"model.name={name} fails on its first forward pass: {first_line(error)}") from error
 
 
-def fails_on_one_image(model: nn.Module, num_classes: int, image_size: int) -> str:
+def fails_on_one_image(model: nn.Module, num_classes: int, image_shape: ImageShape) -> str:
     """Return why the model cannot train on one image, such as BatchNorm over 1 x 1 pixels, or "" if it can."""
-    return _problem(model, 1, num_classes, image_size, training=True)
+    return _problem(model, 1, num_classes, image_shape, training=True)
 
 
-def _try(model: nn.Module, name: str, num_classes: int, image_size: int) -> None:
+def _try(model: nn.Module, name: str, num_classes: int, image_shape: ImageShape) -> None:
     """Raise `UserError` unless the model returns (2, num_classes) logits for two images, in train and eval mode."""
     for training in (True, False):
-        if problem := _problem(model, 2, num_classes, image_size, training=training):
-            raise UserError(f"model.name={name} fails on images of shape {(2, 3, image_size, image_size)}: {problem}")
+        if problem := _problem(model, 2, num_classes, image_shape, training=training):
+            raise UserError(f"model.name={name} fails on images of shape {(2, *image_shape)}: {problem}")
 
 
 @contextlib.contextmanager
@@ -79,7 +82,7 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _problem(model: nn.Module, num_images: int, num_classes: int, image_size: int, *, training: bool) -> str:
+def _problem(model: nn.Module, num_images: int, num_classes: int, image_shape: ImageShape, *, training: bool) -> str:
     """Run the model on black images on its device and return what is wrong with its logits, "" if nothing.
 
     Neither the model nor the state of the random generators changes.
@@ -87,7 +90,7 @@ def _problem(model: nn.Module, num_images: int, num_classes: int, image_size: in
     device = next(model.parameters()).device
     try:
         with unchanged_buffers(model), unchanged_generators(device):  # dropout uses the generator
-            logits = model.train(training)(torch.zeros(num_images, 3, image_size, image_size, device=device))
+            logits = model.train(training)(torch.zeros(num_images, *image_shape, device=device))
     except (RuntimeError, ValueError, TypeError, AssertionError, LookupError) as error:
         return first_line(error)
     finally:

@@ -8,22 +8,23 @@ from torch import Tensor, nn
 
 
 class CNN(nn.Module):
-    """(B, 3, S, S) float images -> (B, num_classes) logits; 5,852,170 parameters for ten classes and 32 x 32 pixels.
+    """(B, C, H, W) float images -> (B, num_classes) logits; 5,852,170 parameters for ten classes and 32 x 32 color images.
 
-    The first linear layer has 256 x (S // 8) x (S // 8) inputs. S must be at least 8.
+    The first linear layer has 256 x (H // 8) x (W // 8) inputs. H and W must be at least 8.
     """
 
-    def __init__(self, num_classes: int = 10, image_size: int = 32) -> None:
+    def __init__(self, num_classes: int = 10, image_size: int | tuple[int, int] = 32, *, num_channels: int = 3) -> None:
         super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.conv_layer = nn.Sequential(
-            *_block(3, 32, 64),  # -> (B, 64, 16, 16) from 32 x 32
+            *_block(num_channels, 32, 64),  # -> (B, 64, 16, 16) from 32 x 32
             *_block(64, 128, 128),  # -> (B, 128, 8, 8)
             nn.Dropout2d(p=0.05),
             *_block(128, 256, 256),  # -> (B, 256, 4, 4)
         )
         self.fc_layer = nn.Sequential(
             nn.Dropout(p=0.1),
-            nn.Linear(256 * (image_size // 8) ** 2, 1024),
+            nn.Linear(256 * (height // 8) * (width // 8), 1024),
             nn.ReLU(inplace=True),
             nn.Linear(1024, 512),
             nn.ReLU(inplace=True),

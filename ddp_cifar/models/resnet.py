@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 
 class ResNet18(nn.Module):
-    """(B, 3, S, S) float images -> (B, num_classes) logits; 11,173,962 parameters for ten classes.
+    """(B, C, H, W) float images -> (B, num_classes) logits; 11,173,962 parameters for ten classes.
 
     ResNet-18 of He, Zhang, Ren and Sun, Deep Residual Learning for Image Recognition (CVPR 2016), except for the stem: one
     3 x 3 convolution without stride or pooling, as usual for CIFAR.
     """
 
-    def __init__(self, num_classes: int = 10, image_size: int = 32) -> None:
+    def __init__(self, num_classes: int = 10, image_size: int | tuple[int, int] = 32, *, num_channels: int = 3) -> None:
         super().__init__()
-        self.stem = _convolution(3, 64)
+        self.stem = _convolution(num_channels, 64)
         blocks: list[nn.Module] = []
         for before, after, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)):
             blocks += [BasicBlock(before, after, stride), BasicBlock(after, after, 1)]
@@ -45,15 +45,15 @@ class BasicBlock(nn.Module):
 
 
 class ResNet9(nn.Module):
-    """(B, 3, S, S) float images -> (B, num_classes) logits; 6,573,120 parameters for ten classes. S must be at least 8.
+    """(B, C, H, W) float images -> (B, num_classes) logits; 6,573,120 parameters for ten classes. H and W must be at least 8.
 
     A network for fast training on CIFAR-10: Page, How to Train Your ResNet (2018), after Coleman et al., DAWNBench (2017).
     Its last layer has no bias, and its logits are scaled by 1/8.
     """
 
-    def __init__(self, num_classes: int = 10, image_size: int = 32) -> None:
+    def __init__(self, num_classes: int = 10, image_size: int | tuple[int, int] = 32, *, num_channels: int = 3) -> None:
         super().__init__()
-        self.stem = _convolution(3, 64)
+        self.stem = _convolution(num_channels, 64)
         self.blocks = nn.Sequential(
             *(_convolution(64, 128), nn.MaxPool2d(2), Residual(128)),
             *(_convolution(128, 256), nn.MaxPool2d(2)),

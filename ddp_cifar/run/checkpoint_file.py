@@ -1,8 +1,8 @@
 """Checkpoint files: their format, durable writes and verified reads.
 
 A checkpoint is a plain dict of tensors, numbers and strings, which `torch.load(path, weights_only=True)` accepts: `model`,
-`optimizer`, `progress`, `config`, `classes` (class names) and `image_size` (in pixels); `ema` (averaged weights) and `scaler`
-(for fp16) if the run has them; and `digest`, a sha256 of the rest.
+`optimizer`, `progress`, `config`, `classes` (class names), `image_shape` (channels, height, width) and `normalization` (`mean`
+and `std`); `ema` (averaged weights) and `scaler` (for fp16) if the run has them; and `digest`, a sha256 of the rest.
 """
 
 import hashlib

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ddp_cifar.config import Config
 from ddp_cifar.data.dataset import DataSet
 from ddp_cifar.data.loader import TrainLoader
+from ddp_cifar.data.normalization import Normalization
 from ddp_cifar.run.environment import versions
 from ddp_cifar.run.run_dir import Start
 from ddp_cifar.tracking import summaries
@@ -83,9 +84,11 @@ class Dashboard:
             show = functools.partial(add, name=name, split=split, logits=logits, classes=classes, step=step)
             self.tracker.show(show)
 
-    def show_projector(self, model: nn.Module, step: int) -> None:
+    def show_projector(self, model: nn.Module, normalization: Normalization, step: int) -> None:
         """Show the features of the split's first images, if `tracking.projector` is true. Call it at the end of a run."""
         if not self.config.tracking.projector or (split := self.split) is None:
             return
         batch_size = self.config.eval.batch_size
-        self.tracker.show(lambda board: summaries.add_projector(board, split, model, self.classes, batch_size, step))
+        self.tracker.show(
+            lambda board: summaries.add_projector(board, split, normalization, model, self.classes, batch_size, step)
+        )

@@ -29,8 +29,13 @@ def plain(classes: Sequence[str]) -> list[str]:
     return [" ".join(name.encode("utf-8", "replace").decode().split()) or "?" for name in classes]
 
 
+def as_rgb(images: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, 3, H, W): grayscale as color; the first three of more channels."""
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+
+
 def captioned_grid(images: Tensor, captions: Sequence[Sequence[str]]) -> np.ndarray[Any, Any]:
-    """(N, 3, H, W) uint8 images, and lines of text for each -> (height, width, 3) uint8 grid with captions."""
+    """(N, C, H, W) uint8 images, and lines of text for each -> (height, width, 3) uint8 grid with captions."""
     from PIL import Image, ImageDraw, ImageFont  # imported here, as the import is slow
 
     font, line_height = ImageFont.load_default(13), 16
@@ -39,9 +44,12 @@ def captioned_grid(images: Tensor, captions: Sequence[Sequence[str]]) -> np.ndar
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * pitch_x, rows * pitch_y), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (image, lines) in enumerate(zip(images.permute(0, 2, 3, 1).cpu().numpy(), captions, strict=True)):
+    for i, (image, lines) in enumerate(zip(as_rgb(images).permute(0, 2, 3, 1).cpu().numpy(), captions, strict=True)):
         left, top = i % columns * pitch_x + 4, i // columns * pitch_y + 4
-        sheet.paste(Image.fromarray(image).resize((CELL, CELL), Image.Resampling.NEAREST), (left, top))
+        picture = Image.fromarray(image)
+        scale = CELL / max(picture.size)
+        size = round(picture.width * scale), round(picture.height * scale)
+        sheet.paste(picture.resize(size, Image.Resampling.NEAREST), (left, top))
         for j, line in enumerate(lines):
             while draw.textlength(line, font) > CELL:
                 line = line[:-1]

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddp_cifar.config import Config, as_typed, fields, flatten, keys_with_role, to_dict, to_yaml
-from ddp_cifar.data.augment import augment, normalize
 from ddp_cifar.data.dataset import Split
 from ddp_cifar.data.loader import TrainLoader
+from ddp_cifar.data.normalization import Normalization
 from ddp_cifar.run.run_dir import Start
-from ddp_cifar.tracking.figures import MAX_CLASSES, captioned_grid, confusion_figure, pixels, plain
+from ddp_cifar.tracking.figures import MAX_CLASSES, as_rgb, captioned_grid, confusion_figure, pixels, plain
 from ddp_cifar.tracking.quality import Quality
 
 if TYPE_CHECKING:
@@ -134,16 +134,14 @@ def _sample(annotation: Any) -> float | str:
 
 
 def add_training_images(board: "SummaryWriter", loader: TrainLoader, classes: Sequence[str]) -> None:
-    """Add some of the first training images after augmentation (crop and flip)."""
-    split = loader.split
-    first = next(loader.sampler.steps(0, 0, split.images.device)).micro_batches[0].indices[:GRID_IMAGES]
-    ids = split.sample_ids[first]
-    images = augment(split.images[ids], loader.augmentations(0)[ids])
-    names = [(name,) for name in plain([classes[label] for label in split.labels[first].tolist()])]
+    """Add some of the first training images after augmentation, as the model sees them."""
+    batch = next(iter(next(loader.steps(0))))
+    images = loader.normalization.to_pixels(batch.images[:GRID_IMAGES])
+    names = [(name,) for name in plain([classes[label] for label in batch.labels[:GRID_IMAGES].tolist()])]
     board.add_image("train/images", captioned_grid(images, names), 0, dataformats="HWC")
 
 
-def add_graph(board: "SummaryWriter", model: nn.Module, image_shape: torch.Size) -> None:
+def add_graph(board: "SummaryWriter", model: nn.Module, image_shape: Sequence[int]) -> None:
     """Add the model's graph, in eval mode."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer warns about torch's own modules
@@ -188,7 +186,13 @@ def add_curves(
 
 
 def add_projector(
-    board: "SummaryWriter", split: Split, model: nn.Module, classes: Sequence[str], batch_size: int, step: int
+    board: "SummaryWriter",
+    split: Split,
+    normalization: Normalization,
+    model: nn.Module,
+    classes: Sequence[str],
+    batch_size: int,
+    step: int,
 ) -> None:
     """Add the inputs of the model's last linear layer (or its logits, without one) for the split's first images."""
     device = next(model.parameters()).device
@@ -204,13 +208,15 @@ def add_projector(
         with torch.inference_mode():
             for some in images.split(batch_size):
                 inputs.clear()
-                logits = model.forward(normalize(some.to(device)))  # not the compiled model: it runs no hooks
+                logits = model.forward(
+                    normalization.normalize(some.to(device))
+                )  # not the compiled model: it runs no hooks
                 features.append((inputs[-1] if inputs else logits).flatten(1).float().cpu())
     finally:
         for hook in hooks:
             hook.remove()
     names = plain([classes[label] for label in split.labels[:PROJECTED_IMAGES].tolist()])
-    sprites = F.interpolate(images.cpu().float() / 255, size=min(split.image_size, SPRITE))
+    sprites = F.interpolate(as_rgb(images.cpu()).float() / 255, size=min(*split.image_shape[1:], SPRITE))
     board.add_embedding(torch.cat(features), names, sprites, step, "features")
 
 

@@ -55,7 +55,7 @@ def measure(config: Config, world: World, rounds: int, steps: int | None) -> dic
     config = _with(config, "train", quiet)
     config = _with(config, "checkpoint", {"every_steps": None, "every_minutes": None})
     size = config.train.global_batch_size  # used to round up, so that every step of an epoch has a full batch
-    data = random_dataset(math.ceil(NUM_IMAGES / size) * size, config.data.image_size)
+    data = random_dataset(math.ceil(NUM_IMAGES / size) * size, config.data.image_shape)
     trainer = build_trainer(config, world, data)
     train_on(trainer, 2)
     warm_up_s = time.perf_counter() - began

@@ -10,16 +10,11 @@ from torch import Tensor, nn
 
 from ddp_cifar.command import counted, span
 from ddp_cifar.config import Config, TrainConfig, as_typed
+from ddp_cifar.data.batch_plan import BatchPlan, advice, check_batch_size, larger_micro_batches, plan_batches
 from ddp_cifar.data.dataset import DataSet, choose_data_device
 from ddp_cifar.data.loader import EvalLoader, TrainLoader
-from ddp_cifar.data.sampler import (
-    BatchPlan,
-    StepSampler,
-    advice,
-    check_batch_size,
-    larger_micro_batches,
-    plan_batches,
-)
+from ddp_cifar.data.normalization import normalization_for
+from ddp_cifar.data.sampler import StepSampler
 from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
@@ -29,6 +24,7 @@ from ddp_cifar.run.checkpoint_store import Checkpoints, NullCheckpoints
 from ddp_cifar.run.environment import device_name
 from ddp_cifar.seeding import derive_seed
 from ddp_cifar.training.evaluation import Evaluator
+from ddp_cifar.training.loss import TrainingLoss, class_weights, loss_function
 from ddp_cifar.training.optim import build_optimizer
 from ddp_cifar.training.precision import pick_precision
 from ddp_cifar.training.progress import Progress
@@ -87,10 +83,13 @@ def build_trainer(
         )
     plan = plan_batches(config.train, world.world_size, len(dataset.train))
     device, channels_last = world.device, config.train.channels_last
-    sampler = StepSampler(plan, world.rank, config.seed)
+    sampler = StepSampler(plan, world.rank, config.seed, dataset.train.labels if config.data.oversample else None)
+    num_classes, image_shape = len(dataset.classes), dataset.train.image_shape
+    normalization = normalization_for(config.data, dataset)
+    weights = class_weights(config.train.class_weights, dataset.train.labels, num_classes)
 
     torch.manual_seed(derive_seed("init", config.seed))
-    model = build_model(config.model, len(dataset.classes), dataset.train.image_size, device)
+    model = build_model(config.model, num_classes, image_shape, device)
     check_micro_batches(config, plan, model, dataset)
     if init is not None:
         new = load_weights(model, init, config.model.init, new_head=True)
@@ -101,7 +100,7 @@ def build_trainer(
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     precision = pick_precision(config.precision, world)
-    try_training(model, config, len(dataset.classes), dataset.train.image_size, precision)
+    try_training(model, config, num_classes, image_shape, precision)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     threads = f", {_threads()} per rank" if device.type == "cpu" else ""
@@ -114,24 +113,38 @@ def build_trainer(
     for line in (str(plan), *advice(config.train, plan, on_gpus=device.type == "cuda")):
         log.info(line)
 
-    train_loader = TrainLoader(dataset.train, sampler, config.seed, channels_last, device)
-    val, test = (EvalLoader(split, channels_last, device) if split else None for split in (dataset.val, dataset.test))
+    train_loader = TrainLoader(
+        dataset.train,
+        normalization,
+        channels_last,
+        device,
+        sampler=sampler,
+        config=config.augment,
+        num_classes=num_classes,
+        seed=config.seed,
+    )
+    val, test = (
+        EvalLoader(split, normalization, channels_last, device) if split else None
+        for split in (dataset.val, dataset.test)
+    )
     step = TrainStep(
         config,
         world,
         plan,
         model,
         build_optimizer(model, config.optim),
+        loss=TrainingLoss(config.train, weights if weights is None else weights.to(device)),
         precision=precision,
-        image_shape=train_loader.image_shape,
+        image_shape=image_shape,
     )
     warm_up(step, train_loader, val, test)
     evaluator = Evaluator(
         world,
         config.eval,
         step.eval_model,
+        loss_function(config.train),
         precision,
-        len(dataset.classes),
+        num_classes,
         train=train_loader,
         val=val,
         test=test,
@@ -165,7 +178,7 @@ def check_micro_batches(config: Config, plan: BatchPlan, model: nn.Module, datas
     """Raise `UserError` if an epoch has a micro-batch of one image and the model cannot train on one image."""
     if plan.micro_batch_sizes()[-1] > 1:
         return
-    if not (reason := fails_on_one_image(model, len(dataset.classes), dataset.train.image_size)):
+    if not (reason := fails_on_one_image(model, len(dataset.classes), dataset.train.image_shape)):
         return
     train, setting = config.train, larger_micro_batches(config.train, plan)
     raise UserError(

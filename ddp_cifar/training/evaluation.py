@@ -5,23 +5,23 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddp_cifar.config import EvalConfig
 from ddp_cifar.data.loader import EvalLoader, TrainLoader
 from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import RunError
+from ddp_cifar.training.loss import LossFunction
 from ddp_cifar.training.precision import autocast
 from ddp_cifar.training.progress import Progress
 from ddp_cifar.training.totals import ImageCounter, Totals
 
 Forward = Callable[[Tensor], Tensor]
-"""(B, 3, S, S) normalized float32 images -> (B, classes) float32 logits."""
+"""(B, C, H, W) normalized float32 images -> (B, classes) float32 logits."""
 
 
 def flip_tta(model: nn.Module, images: Tensor) -> Tensor:
-    """(B, 3, S, S) -> (B, classes): the mean logits of each image and its mirror image."""
+    """(B, C, H, W) -> (B, classes): the mean logits of each image and its mirror image."""
     logits: Tensor = (model(images).float() + model(images.flip(3)).float()) / 2
     return logits
 
@@ -44,6 +44,7 @@ def evaluate_split(
     loader: EvalLoader,
     world: World,
     batch_size: int,
+    loss: LossFunction,
     *,
     augmentations: Tensor | None = None,
     logits: Tensor | None = None,
@@ -51,15 +52,15 @@ def evaluate_split(
 ) -> Totals:
     """Return loss and accuracy over all images of a split. Every rank must call it.
 
-    If given, `augmentations` (num_ids, 3) augment the images. `logits`, (N, classes) zeros on the device, receives the logits
-    of this rank's images; sum it over ranks to get all. `on_batch` is called equally often on every rank. Raises `RunError`
-    if an image was not counted, or was counted twice.
+    `loss` gives the loss per image. If given, `augmentations` (num_ids, 3 or 5) augment the images. `logits`, (N, classes)
+    zeros on the device, receives the logits of this rank's images; sum it over ranks to get all. `on_batch` is called equally
+    often on every rank. Raises `RunError` if an image was not counted, or was counted twice.
     """
     counter = ImageCounter(world.device)
     for batch in loader.evaluation_batches(world, batch_size, augmentations):
         if batch is not None:
             found = forward(batch.images)
-            counter.add(F.cross_entropy(found, batch.labels, reduction="none"), found, batch.labels)
+            counter.add(loss(found, batch.labels), found, batch.labels)
             if logits is not None:
                 logits[int(batch.indices[0]) : int(batch.indices[-1]) + 1] = found  # indices are consecutive
         on_batch()
@@ -77,6 +78,7 @@ class Evaluator:
         world: World,
         config: EvalConfig,
         model: nn.Module,
+        loss: LossFunction,
         precision: str,
         num_classes: int,
         *,
@@ -89,6 +91,7 @@ class Evaluator:
         self.world = world
         self.config = config
         self.model = model
+        self.loss = loss
         self.precision = precision
         self.num_classes = num_classes
         self.train = train
@@ -113,6 +116,7 @@ class Evaluator:
                 loader,
                 self.world,
                 self.config.batch_size,
+                self.loss,
                 augmentations=augmentations,
                 logits=logits,
                 on_batch=on_batch,

@@ -109,10 +109,9 @@ class TrainMetrics:
         self.world = world
         self.progress = progress
         self.finite_losses, self.finite_gradients = finite_losses, finite_gradients
-        hashes = sample_hashes(len(train.split.images)).to(world.device)
-        self.expected = len(train), int(hashes[train.split.sample_ids].sum())
-        """The number of images in an epoch, and the sum of their hashes."""
-        self.counter = ImageCounter(world.device, hashes)
+        self.train = train
+        self.hashes = sample_hashes(len(train.split.images))
+        self.counter = ImageCounter(world.device, self.hashes.to(world.device))
         self.timer = PhaseTimer(world.device)
         self.norms: list[Tensor] = []
         self.last_norm = 0.0
@@ -186,14 +185,16 @@ class TrainMetrics:
         self.timer.read()
 
     def epoch_row(self, *, is_whole: bool) -> dict[str, float | str]:
-        """Return the scalars of the epoch. Raises `Failed` if a complete epoch did not count each image exactly once."""
-        totals = self.progress.totals
-        if is_whole and (totals.images, totals.ledger) != self.expected:
-            raise Failed(
-                f"the sample ledger of epoch {self.progress.epoch + 1} is wrong: trained on {totals.images} images with hash "
-                f"sum {totals.ledger:016x}; expected each of {self.expected[0]} images once, hash sum {self.expected[1]:016x}"
-            )
-        row: dict[str, float | str] = {"train/epoch": self.progress.epoch + 1, "train/epoch_loss": totals.mean_loss}
+        """Return the scalars of the epoch. Raises `Failed` if a complete epoch did not count each of its images once."""
+        totals, epoch = self.progress.totals, self.progress.epoch
+        if is_whole:
+            expected = int(self.hashes[self.train.sample_ids(epoch).cpu()].sum())
+            if (totals.images, totals.ledger) != (len(self.train), expected):
+                raise Failed(
+                    f"the sample ledger of epoch {epoch + 1} is wrong: trained on {totals.images} images with hash sum "
+                    f"{totals.ledger:016x}; expected each of {len(self.train)} images once, hash sum {expected:016x}"
+                )
+        row: dict[str, float | str] = {"train/epoch": epoch + 1, "train/epoch_loss": totals.mean_loss}
         row |= {"ledger/images": totals.images, "ledger/sum": f"{totals.ledger:016x}"}
         if self.epoch.images:  # none if this start only had the evaluation left to do
             row["train/epoch_images_per_s"] = self.epoch.images / self.epoch_s

@@ -6,20 +6,20 @@ also in a short last batch.
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ddp_cifar.config import Config
+from ddp_cifar.config import Config, ImageShape
+from ddp_cifar.data.batch_plan import BatchPlan
 from ddp_cifar.data.loader import MicroBatch, StepBatch
-from ddp_cifar.data.sampler import BatchPlan
 from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
@@ -27,6 +27,7 @@ from ddp_cifar.models.weights import load_weights
 from ddp_cifar.run.checkpoint_file import State
 from ddp_cifar.seeding import seed_dropout
 from ddp_cifar.training.buffers import BufferMean, sum_rows
+from ddp_cifar.training.loss import TrainingLoss
 from ddp_cifar.training.metrics import TrainMetrics
 from ddp_cifar.training.optim import Schedule, averages_weights, effective_lr, load_optimizer_state, start_training
 from ddp_cifar.training.precision import autocast
@@ -56,10 +57,11 @@ class TrainStep:
         model: nn.Module,
         optimizer: Optimizer,
         *,
+        loss: TrainingLoss,
         precision: str,
-        image_shape: torch.Size,
+        image_shape: ImageShape,
     ) -> None:
-        """`image_shape`: (3, H, W). `precision`: fp32, tf32, bf16 or fp16.
+        """`image_shape`: (C, H, W). `precision`: fp32, tf32, bf16 or fp16.
 
         Raises `UserError` if the device does not support the config.
         """
@@ -68,6 +70,7 @@ class TrainStep:
         self.plan = plan
         self.model = model
         self.optimizer = optimizer
+        self.loss = loss
         self.precision = precision
         self.image_shape = image_shape
         self.ddp = world.wrap(model, config.comm.bucket_mb, config.comm.hook)
@@ -143,8 +146,7 @@ class TrainStep:
             seed_dropout(self.world.device, self.config.seed, step, micro_batch.index)
             self.buffers.begin_micro_batch()
             logits = self.logits(micro_batch.images)
-            smoothing = self.config.train.label_smoothing
-            losses = F.cross_entropy(logits.float(), micro_batch.labels, reduction="none", label_smoothing=smoothing)
+            losses = self.loss(logits.float(), micro_batch.targets)
             self.buffers.end_micro_batch(micro_batch.index, weight=len(losses) / step_images)
             metrics.counter.add(losses.detach(), logits.detach(), micro_batch.labels, micro_batch.sample_ids)
         with metrics.timer.phase("backward"):  # includes the wait for other ranks
@@ -183,7 +185,7 @@ class TrainStep:
                     average.copy_(buffer)  # counts are not averaged
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images -> (B, classes), through DDP."""
+        """(B, C, H, W) images -> (B, classes), through DDP."""
         if self.config.train.compile != "off":
             torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last pass's CUDA graphs are no longer needed
         with self.autocast():
@@ -202,8 +204,9 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=self.config.train.compile == "off")
 
     def trial_images(self, num_images: int) -> Tensor:
-        """Return (B, 3, H, W) images for dummy passes. They are ramps, since a model may divide by an image's contrast."""
-        image = torch.linspace(-1, 1, self.image_shape.numel(), device=self.world.device).view(self.image_shape)
+        """Return (B, C, H, W) images for dummy passes. They are ramps, since a model may divide by an image's contrast."""
+        values = torch.linspace(-1, 1, math.prod(self.image_shape), device=self.world.device)
+        image = values.view(self.image_shape)
         channels_last = self.config.train.channels_last
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         return image.repeat(num_images, 1, 1, 1).to(memory_format=memory_format)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddp_cifar.config import ImageShape
 from ddp_cifar.data.dataset import DataSet, Split
 from ddp_cifar.distributed.world import World
 from ddp_cifar.training.optim import build_optimizer
@@ -24,11 +25,10 @@ NEVER = 10**9
 SETTLE_S = 0.3  # lets a contender finish its background work, so that it does not slow the next one
 
 
-def random_dataset(num_images: int, image_size: int = 32, num_classes: int = 10) -> DataSet:
+def random_dataset(num_images: int, image_shape: ImageShape = (3, 32, 32), num_classes: int = 10) -> DataSet:
     """Return random images to train on, and none to evaluate on."""
     random = torch.Generator().manual_seed(0)
-    shape = (num_images, 3, image_size, image_size)
-    images = torch.randint(256, shape, dtype=torch.uint8, generator=random)
+    images = torch.randint(256, (num_images, *image_shape), dtype=torch.uint8, generator=random)
     labels = torch.randint(num_classes, (num_images,), generator=random)
     return DataSet(Split.of(images, labels), None, tuple(f"class {i}" for i in range(num_classes)))
 

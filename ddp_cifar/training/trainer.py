@@ -9,6 +9,7 @@ from tqdm import tqdm
 from ddp_cifar.config import Config, to_dict
 from ddp_cifar.data.dataset import DataSet
 from ddp_cifar.data.loader import TrainLoader
+from ddp_cifar.data.normalization import normalization_of
 from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import RunError
 from ddp_cifar.log import log
@@ -175,7 +176,7 @@ class Trainer:
         if logits is not None:
             self.dashboard.show_evaluation(logits, progress.step)
         if is_last:
-            self.dashboard.show_projector(self.evaluator.model, progress.step)
+            self.dashboard.show_projector(self.evaluator.model, self.train_loader.normalization, progress.step)
         progress.end_epoch(is_whole=is_whole)
         if is_last:  # no later exchange would compare the last fingerprints
             self.fail_if_diverged(self.ranks.compare_now())
@@ -280,13 +281,15 @@ class Trainer:
             "progress": self.progress.state_dict(),
             "config": to_dict(self.config),
             "classes": list(self.dataset.classes),
-            "image_size": self.train_loader.split.image_size,
+            "image_shape": list(self.train_loader.image_shape),
+            "normalization": self.train_loader.normalization.state_dict(),
             **parts,
         }
 
     def load_state_dict(self, state: State, source: str) -> None:
         """Resume from a state. Raises `UserError`, which names `source`, if its data or weights do not match this run."""
         self.progress.resume(state["progress"], source)
+        self.train_loader.normalization.load_state_dict(normalization_of(state).state_dict())
         self.train_step.load_state_dict(state, source, self.progress.updates)
 
 

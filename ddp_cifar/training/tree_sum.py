@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_cifar.data.sampler import subtrees
+from ddp_cifar.data.batch_plan import subtrees
 from ddp_cifar.distributed.world import World
 
 # torch 2.14 renamed the function, and warns about the old name

@@ -7,21 +7,22 @@ they were.
 import contextlib
 import io
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from ddp_cifar.config import Config
+from ddp_cifar.data.augment import build_function, soft_labels
 from ddp_cifar.errors import UserError, first_line
 from ddp_cifar.models import unchanged_buffers
 from ddp_cifar.seeding import unchanged_generators
 from ddp_cifar.training.fingerprint import fingerprint
+from ddp_cifar.training.loss import TrainingLoss
 from ddp_cifar.training.optim import build_optimizer, start_training
 from ddp_cifar.training.precision import autocast
 
@@ -29,7 +30,9 @@ NUM_IMAGES = 2
 SHOWN = 5  # names in an error message
 
 
-def try_training(model: nn.Module, config: Config, num_classes: int, image_size: int, precision: str) -> None:
+def try_training(
+    model: nn.Module, config: Config, num_classes: int, image_shape: Sequence[int], precision: str
+) -> None:
     """Train on random images for a step, on the model's device, then undo it. Raises `UserError` if anything fails.
 
     Every rank must call it, as a model may exchange values between ranks in its forward pass.
@@ -37,15 +40,20 @@ def try_training(model: nn.Module, config: Config, num_classes: int, image_size:
     device = next(model.parameters()).device
     with unchanged_generators(device), _restored(model):
         torch.manual_seed(0)
-        images = torch.randn(NUM_IMAGES, 3, image_size, image_size).to(device)
+        images = torch.randn(NUM_IMAGES, *image_shape).to(device)
         labels = torch.arange(NUM_IMAGES, device=device) % num_classes
+        if (function := build_function(config.augment)) is not None:
+            function(torch.randint(256, images.shape, dtype=torch.uint8).to(device))
         optimizer = build_optimizer(model, config.optim)
         start_training(optimizer)
         buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in model.named_buffers()}
+        with _named(f"model.name={config.model.name} cannot train"), autocast(precision, device):
+            logits = model.train()(images)
+        mixes = config.augment.mixup or config.augment.cutmix
+        with _named(f"train.loss={config.train.loss} fails" + " on soft labels (mixup or cutmix)" * bool(mixes)):
+            losses = _losses(config, logits.float(), labels)
         with _named(f"model.name={config.model.name} cannot train"):
-            with autocast(precision, device):
-                logits = model.train()(images)
-            F.cross_entropy(logits.float(), labels).backward()
+            losses.mean().backward()
         _check_gradients(model, config.model.name)
         _check_buffers(model, config.model.name, buffers)
         with _named(f"optim.name={config.optim.name} cannot make an update"):
@@ -53,6 +61,21 @@ def try_training(model: nn.Module, config: Config, num_classes: int, image_size:
         _check_checkpoint(model, optimizer, config)
         with _named(f"model.name={config.model.name}: its weights have no fingerprint"):
             fingerprint(model)
+
+
+def _losses(config: Config, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the (B,) losses of the training loss, with soft labels if the run has them."""
+    targets = labels
+    if config.augment.mixup or config.augment.cutmix:
+        targets = soft_labels(labels, 0.5, logits.shape[1])
+    losses = TrainingLoss(config.train, weights=None)(logits, targets)
+    if not isinstance(losses, Tensor) or losses.shape != labels.shape or not losses.is_floating_point():
+        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise UserError(
+            f"train.loss={config.train.loss} returned {found} for {len(labels)} images: expected a loss per image, "
+            f"({len(labels)},); use reduction='none'"
+        )
+    return losses
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def compile_networks(step: TrainStep, mode: str, *loaders: EvalLoader | None) ->
     for network in (step.model, step.eval_model):
         network.compile(mode=mode, dynamic=False)
     for loader in loaders:
-        if loader:
+        if loader and not loader.function:  # user-defined code may not compile
             loader.transform = torch.compile(transform, dynamic=False)
 
 
@@ -62,11 +62,10 @@ def warm_up_compiled(step: TrainStep, train: TrainLoader) -> None:
     """Compile, and record CUDA graphs, for each micro-batch size of an epoch, on all ranks."""
     started = time.perf_counter()
     sizes = step.plan.micro_batch_sizes()
-    split = train.split
-    unchanged = torch.zeros(len(split.images), 3, dtype=torch.int32, device=split.images.device)
+    table = train.augmentations(0)
     for size in sizes:  # the largest first
         for _ in range(COMPILED_WARM_UP):
-            train.gather(torch.arange(size), unchanged)
+            train.gather(torch.arange(size), table, 0)
             throw_away_pass(step, size)
     log.info(
         f"compiled for micro-batches of {', '.join(map(str, sizes))} images in "

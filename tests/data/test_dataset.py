@@ -1,11 +1,13 @@
 """Splits, and the check for equal data on every rank. User errors in the data are in test_mistakes.py."""
 
+import pytest
 import torch
 from helpers import random_dataset
 from ranks import RankPool
 
 from ddp_cifar.config import DataConfig, ShapesConfig
 from ddp_cifar.data import build_dataset
+from ddp_cifar.data.dataset import Moments
 from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import UserError
 
@@ -24,6 +26,23 @@ def test_splits_share_one_tensor_of_images_on_a_device() -> None:
     dataset = random_dataset(40, val=10).to(torch.device("meta"))
     assert dataset.val is not None
     assert dataset.train.images is dataset.val.images
+
+
+def test_pixel_moments_are_exact_on_any_split_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randint(256, (7, 2, 5, 3), dtype=torch.uint8)
+    moments = Moments.of(images)
+    monkeypatch.setattr("ddp_cifar.data.dataset.CHUNK_BYTES", 2 * images[0].numel())
+    assert Moments.of(images) == moments
+    values = images.double() / 255
+    assert moments.mean == pytest.approx(values.mean((0, 2, 3)).tolist(), abs=1e-12)
+    assert moments.std == pytest.approx(values.std((0, 2, 3), correction=0).tolist(), abs=1e-12)
+    assert Moments.of(torch.full((2, 1, 4, 4), 7, dtype=torch.uint8)).std == (
+        1 / 255,
+    )  # not 0, by which pixels are divided
+
+
+def test_held_out_images_count_in_the_pixel_moments() -> None:
+    assert random_dataset(40, val=10).pixel_moments == random_dataset(40).pixel_moments
 
 
 def test_a_run_whose_ranks_read_different_data_does_not_start(ranks: RankPool) -> None:

@@ -8,13 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from image_folders import write_tree
 from PIL import Image
 from torchvision import transforms
 
+from ddp_cifar.data.dataset import to_grayscale
 from ddp_cifar.data.decode import DecodeError, decode, decode_all
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
+
+
+SHAPE = (3, 32, 32)
 
 
 def halves(mode: str, left: Any, right: Any, size: tuple[int, int] = (32, 32)) -> Image.Image:
@@ -26,7 +31,7 @@ def halves(mode: str, left: Any, right: Any, size: tuple[int, int] = (32, 32)) -
 
 def corners_of(path: Path) -> tuple[list[int], list[int]]:
     """The upper left and the lower right pixel of the decoded file."""
-    pixels = decode(path, 32)
+    pixels = decode(path, SHAPE)
     assert pixels.shape == (32, 32, 3)
     assert pixels.dtype == np.uint8
     return pixels[1, 1].tolist(), pixels[-2, -2].tolist()
@@ -84,10 +89,30 @@ def test_an_image_is_rotated_according_to_its_exif_data(tmp_path: Path, orientat
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(path := tmp_path / "image.jpg", exif=exif, quality=95, subsampling=0)
-    pixels = decode(path, 32).astype(int)
+    pixels = decode(path, SHAPE).astype(int)
     above, below = pixels[2, 16], pixels[-3, 16]
     assert above[0] > 200 > 60 > above[1]
     assert below[1] > 200 > 60 > below[0]
+
+
+def test_a_center_of_another_aspect_is_cropped_from_a_tall_and_a_wide_image(tmp_path: Path) -> None:
+    for size, blue in (((64, 200), (0, 50, 64, 150)), ((300, 100), (118, 0, 182, 100))):
+        image = Image.new("RGB", size, "red")
+        image.paste("blue", blue)  # all but a border of the crop
+        image.save(path := tmp_path / f"{size[0]}.png")
+        pixels = decode(path, (3, 50, 32))
+        assert pixels.shape == (50, 32, 3)
+        assert pixels[2:-2, 2:-2].reshape(-1, 3).tolist() == [[0, 0, 255]] * (46 * 28)
+
+
+def test_grayscale_pixels_are_those_of_pillow(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(path := tmp_path / "image.png")
+    expected = np.asarray(image.convert("L"))
+    assert np.array_equal(decode(path, (1, 32, 32))[..., 0], expected)
+    ours = to_grayscale(torch.tensor(pixels).permute(2, 0, 1).unsqueeze(0))
+    assert np.array_equal(ours[0, 0].numpy(), expected)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (80, 50), (50, 80), (20, 24), (333, 200)])
@@ -97,7 +122,7 @@ def test_decoding_matches_torchvisions_resize_and_center_crop(tmp_path: Path, si
     image = Image.fromarray(((smooth + 1) * 127).astype(np.uint8))
     image.save(path := tmp_path / "image.png")
     theirs = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32)])(image)
-    difference = np.abs(decode(path, 32).astype(int) - np.asarray(theirs).astype(int))
+    difference = np.abs(decode(path, SHAPE).astype(int) - np.asarray(theirs).astype(int))
     assert difference.max() <= (0 if size == (32, 32) else 12), "torchvision crops at whole pixels, decode does not"
     assert difference.mean() <= 3
 
@@ -108,7 +133,9 @@ def test_reduced_decoding_of_a_large_jpeg_keeps_its_quality(tmp_path: Path) -> N
     image = Image.fromarray(((smooth + 1) * 127).astype(np.uint8))
     image.save(tmp_path / "image.jpg", quality=95)
     image.save(tmp_path / "image.png")
-    difference = np.abs(decode(tmp_path / "image.jpg", 32).astype(int) - decode(tmp_path / "image.png", 32).astype(int))
+    difference = np.abs(
+        decode(tmp_path / "image.jpg", SHAPE).astype(int) - decode(tmp_path / "image.png", SHAPE).astype(int)
+    )
     assert difference.mean() <= 2
 
 
@@ -116,7 +143,7 @@ def test_reduced_decoding_of_a_large_jpeg_keeps_its_quality(tmp_path: Path) -> N
 def test_values_of_unknown_range_are_rejected(tmp_path: Path, mode: str, value: float) -> None:
     Image.new(mode, (32, 32), value).save(path := tmp_path / "image.tif")
     with pytest.raises(DecodeError, match="32-bit values of unknown range"):
-        decode(path, 32)
+        decode(path, SHAPE)
 
 
 def test_an_image_may_exceed_pillows_size_limit(tmp_path: Path) -> None:
@@ -128,14 +155,14 @@ def test_several_processes_give_the_same_results_in_the_same_order_as_one(tmp_pa
     root = write_tree(tmp_path, per_class=60)
     (root / "train" / "bee" / "7.png").write_bytes(b"no image")
     paths = sorted((root / "train").glob("*/*.png"))
-    alone = list(decode_all(paths, 32, num_workers=1))
-    assert list(decode_all(paths, 32, num_workers=3)) == alone
+    alone = list(decode_all(paths, SHAPE, num_workers=1))
+    assert list(decode_all(paths, SHAPE, num_workers=3)) == alone
     assert [type(decoded) for decoded in alone].count(str) == 1
 
 
 def test_a_killed_worker_raises_an_error_instead_of_blocking(tmp_path: Path) -> None:
     paths = sorted((write_tree(tmp_path, per_class=100, size=(100, 100)) / "train").glob("*/*.png"))
-    decoded = decode_all(paths, 32, num_workers=2)
+    decoded = decode_all(paths, SHAPE, num_workers=2)
     next(decoded)
     for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
         if "decode.py" in Path(f"/proc/{child}/cmdline").read_text():
@@ -151,7 +178,7 @@ def test_decoding_waits_for_its_consumer(tmp_path: Path, monkeypatch: pytest.Mon
     submitted = []
     submit = ThreadPoolExecutor.submit
     monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *arguments: submitted.append(1) or submit(*arguments))
-    decoded = decode_all(paths, 32, num_workers=2)
+    decoded = decode_all(paths, SHAPE, num_workers=2)
     next(decoded)
     assert len(submitted) == 4
     assert len(list(decoded)) == 59

@@ -17,6 +17,7 @@ from ranks import RankPool
 
 from ddp_cifar.config import DataConfig
 from ddp_cifar.data import build_dataset
+from ddp_cifar.data.dataset import Moments
 from ddp_cifar.data.decode import decode
 from ddp_cifar.data.imagefolder import FORMAT
 from ddp_cifar.distributed.world import World
@@ -79,6 +80,26 @@ def test_three_classes_of_another_image_size_can_be_trained(train: Callable[...,
     assert state["model"]["fc_layer.1.weight"].shape == (1024, 256 * 3 * 3)
 
 
+def test_grayscale_images_of_another_shape_are_decoded_and_their_statistics_are_kept(
+    alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_tree(tmp_path)
+    config = config_for(root, image_size=[16, 24], channels=1)
+    before = build_dataset(config, alone)
+    assert before.train.image_shape == (1, 16, 24)
+    expected = torch.tensor(decode(root / "train/ant/0.png", (1, 16, 24))).permute(2, 0, 1)
+    assert torch.equal(before.train.images[0], expected)
+    pixels = before.train.images.double() / 255
+    assert before.pixel_moments.mean == pytest.approx([pixels.mean().item()])
+    assert before.pixel_moments.std == pytest.approx([pixels.std(correction=0).item()])
+    # a second start reads no pixels
+    monkeypatch.setattr(Moments, "of", None)
+    monkeypatch.setattr("zlib.crc32", None)
+    after = build_dataset(config, alone)
+    assert after.pixel_moments == before.pixel_moments
+    assert after.describe() == before.describe()
+
+
 def test_held_out_images_can_replace_a_test_folder(alone: World, tmp_path: Path) -> None:
     root = write_tree(tmp_path)
     (root / "test").rename(root / "elsewhere")
@@ -98,7 +119,9 @@ def test_corrupt_files_are_skipped_if_on_corrupt_is_skip(
     for _ in range(2):  # first decoded, then from the cache
         dataset = build_dataset(config_for(root, on_corrupt="skip"), alone)
         assert dataset.train.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
-        assert torch.equal(dataset.train.images[4], torch.tensor(decode(root / "train/bee/0.png", 32)).permute(2, 0, 1))
+        assert torch.equal(
+            dataset.train.images[4], torch.tensor(decode(root / "train/bee/0.png", (3, 32, 32))).permute(2, 0, 1)
+        )
     assert len(warnings) == 2
     assert all("skipping 1 files" in line and "bee/1.png" in line for line in warnings)
     with pytest.raises(UserError, match=r"bee/1\.png cannot be decoded .*data\.on_corrupt=skip"):
@@ -164,7 +187,7 @@ def test_images_are_decoded_only_once(alone: World, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    "change", ["touched", "other pixels", "added", "removed", "renamed", "size", "corrupt", "format"]
+    "change", ["touched", "other pixels", "added", "removed", "channels", "renamed", "size", "corrupt", "format"]
 )
 def test_a_change_of_any_input_creates_another_cache(
     alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
@@ -185,6 +208,8 @@ def test_a_change_of_any_input_creates_another_cache(
         victim.rename(victim.with_name("9.png"))
     elif change == "size":
         changes = {"image_size": 16}
+    elif change == "channels":
+        changes = {"channels": 1}
     elif change == "corrupt":
         changes = {"on_corrupt": "skip"}
     elif change == "format":

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from ddp_cifar.config import TrainConfig
-from ddp_cifar.data.sampler import StepSampler, advice, plan_batches
+from ddp_cifar.data.batch_plan import advice, plan_batches
+from ddp_cifar.data.sampler import StepSampler
 
 
 def epoch_of(
@@ -94,3 +95,18 @@ def test_every_epoch_and_seed_has_a_different_order() -> None:
         for seed, epoch in [(0, 0), (0, 1), (5, 0)]
     }
     assert len(orders) == 3
+
+
+def test_oversampling_draws_all_classes_equally_often_and_repeats_no_image_needlessly() -> None:
+    labels = torch.tensor([0] * 70 + [1] * 20 + [2] * 9 + [5])
+    plan = plan_batches(TrainConfig(global_batch_size=16, micro_batch_size=4), 1, len(labels))
+    sampler = StepSampler(plan, 0, 3, labels)
+    order = sampler.order(0)
+    drawn = torch.bincount(order, minlength=100)
+    assert torch.bincount(labels[order]).tolist() == [25, 25, 25, 0, 0, 25]
+    assert drawn[:70].max() == 1
+    assert sorted(set(drawn[70:90].tolist())) == [1, 2]
+    assert torch.equal(order, sampler.order(0))
+    assert not torch.equal(order, sampler.order(1))
+    trained = torch.cat([micro.indices for step in sampler.steps(0) for micro in step.micro_batches])
+    assert sorted(trained.tolist()) == sorted(order.tolist())

@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ddp_cifar.config import Config
 from ddp_cifar.data.dataset import DataSet, Split
+from ddp_cifar.data.normalization import VALUES, Normalization
 from ddp_cifar.distributed.world import World
 from ddp_cifar.run.run_dir import Start
 from ddp_cifar.tracking import dashboard, figures, summaries
@@ -38,6 +39,8 @@ ALL = (
     "tracking.graph=true",
     "tracking.projector=true",
 )
+
+CIFAR = Normalization(**VALUES["cifar10"])
 
 
 KINDS = ("scalars", "images", "tensors", "histograms")
@@ -246,7 +249,7 @@ def test_a_class_name_can_be_any_folder_name(board: SummaryWriter) -> None:
     split = Split.of(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.arange(6))
     for add in (summaries.add_confusion, summaries.add_wrong_images, summaries.add_curves):
         add(board, "test", split, torch.eye(6).flip(0), names, 1)
-    summaries.add_projector(board, split, torch.nn.Conv2d(3, 2, 8), names, 6, 1)
+    summaries.add_projector(board, split, CIFAR, torch.nn.Conv2d(3, 2, 8), names, 6, 1)
     tags = shown(board).Tags()
     assert set(tags["images"]) == {"test/confusion", "test/wrong"}
     assert {tag.removeprefix("test/pr/") for tag in tags["tensors"]} == set(figures.plain(names))
@@ -312,7 +315,7 @@ def test_the_projector_has_a_point_per_image(board: SummaryWriter, head: bool) -
     split = Split.of(images, torch.tensor([0, 1, 0, 1, 1]))
     layers: list[torch.nn.Module] = [torch.nn.Flatten(), torch.nn.Linear(192, 7), torch.nn.Linear(7, 2)]
     model = torch.nn.Sequential(*layers) if head else torch.nn.Conv2d(3, 2, 8)
-    summaries.add_projector(board, split, model, ("a", "b"), 2, 3)
+    summaries.add_projector(board, split, CIFAR, model, ("a", "b"), 2, 3)
     (points,) = Path(board.log_dir).rglob("tensors.tsv")
     assert np.loadtxt(points).shape == ((5, 7) if head else (5, 2))
 
@@ -338,7 +341,7 @@ def test_the_dashboard_shows_the_evaluation_of_one_split(
     assert due == ["", "", split_name, "", "", split_name, ""]
     assert shows.split_to_show(7, is_last=True) == split_name
     shows.show_evaluation(torch.randn(test or val, 10), 5)
-    shows.show_projector(torch.nn.Conv2d(3, 10, 8), 5)
+    shows.show_projector(torch.nn.Conv2d(3, 10, 8), CIFAR, 5)
     assert set(shown(board).Tags()["images"]) == {f"{split_name}/confusion", f"{split_name}/wrong"}
     assert len(list(Path(board.log_dir).rglob("tensors.tsv"))) == 1
 
@@ -357,7 +360,9 @@ def test_a_dashboard_without_evaluated_images_or_pictures_needs_no_logits(
     assert not needs(config, dataclasses.replace(dataset, test=None))
     monkeypatch.setattr(dashboard, "MAX_LOGITS", 79)
     assert not needs(config, dataset), "8 images of 10 classes"
-    Dashboard(Writer(board), config, dataclasses.replace(dataset, test=None)).show_projector(torch.nn.Linear(1, 1), 1)
+    Dashboard(Writer(board), config, dataclasses.replace(dataset, test=None)).show_projector(
+        torch.nn.Linear(1, 1), CIFAR, 1
+    )
     assert not list(Path(board.log_dir).rglob("tensors.tsv"))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_cifar.config import TrainConfig
-from ddp_cifar.data.sampler import check_batch_size, split_over_ranks
+from ddp_cifar.data.batch_plan import check_batch_size, split_over_ranks
 from ddp_cifar.distributed.rendezvous import open_world
 from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import UserError

@@ -10,7 +10,8 @@ from helpers import SMALL, Rows, config_of, make_trainer, random_dataset
 from ranks import RankPool
 from test_mistakes import TINY
 
-from ddp_cifar.data.sampler import StepSampler, plan_batches
+from ddp_cifar.data.batch_plan import plan_batches
+from ddp_cifar.data.sampler import StepSampler
 from ddp_cifar.distributed.world import World
 from ddp_cifar.training import build
 
