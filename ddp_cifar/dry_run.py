@@ -17,9 +17,9 @@ from ddp_cifar.distributed.rendezvous import open_world_alone
 from ddp_cifar.models import build_model
 from ddp_cifar.models.weights import load_weights
 from ddp_cifar.run.checkpoint_store import Checkpoints, Loaded
-from ddp_cifar.run.resume import check_same_run, find_checkpoint, load_init
+from ddp_cifar.run.resume import check_same_run, find_checkpoint
 from ddp_cifar.run.run_dir import RunDir
-from ddp_cifar.training.build import check_micro_batches
+from ddp_cifar.training.build import check_micro_batches, initial_weights, source_of_weights
 from ddp_cifar.training.optim import build_optimizer
 from ddp_cifar.training.precision import autocast
 from ddp_cifar.training.progress import Progress
@@ -43,8 +43,9 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
     plan = plan_batches(config.train, world_size, len(dataset.train))
     model = build_model(config.model, len(dataset.classes), dataset.train.image_shape)
     check_micro_batches(config, plan, model, dataset)
-    if not resumed and config.model.init != "random":
-        load_weights(model, load_init(config.model.init), config.model.init, new_head=True)
+    init = None if resumed else initial_weights(config)
+    if init is not None:
+        load_weights(model, init, source_of_weights(config.model), new_head=True)
     try_training(model, config, len(dataset.classes), dataset.train.image_shape, _precision(config))
     footprint = footprint_of(config, plan.micro_batch_size, dataset, model)
     size = functools.partial(megabytes, digits=0)

@@ -41,10 +41,10 @@ def main(argv: Sequence[str]) -> int:
     from ddp_cifar.run.checkpoint_store import Checkpoints
     from ddp_cifar.run.environment import device_name
     from ddp_cifar.run.heartbeat import Heartbeat
-    from ddp_cifar.run.resume import check_same_run, find_checkpoint, load_init
+    from ddp_cifar.run.resume import check_same_run, find_checkpoint
     from ddp_cifar.run.stopping import Requests
     from ddp_cifar.tracking.base import NullTracker
-    from ddp_cifar.training.build import build_trainer, set_up_kernels
+    from ddp_cifar.training.build import build_trainer, initial_weights, set_up_kernels
     from ddp_cifar.training.profiling import NullProfiler, Profiler
     from ddp_cifar.training.progress import Progress
 
@@ -72,9 +72,7 @@ def main(argv: Sequence[str]) -> int:
                 log.info(f"{run_dir.path} is finished: {progress}; to continue, raise train.epochs or train.max_steps")
                 return 0
 
-        init = None
-        if not resumed and config.model.init != "random":
-            init = world.on_main(lambda: load_init(config.model.init))
+        init = None if resumed else world.on_main(lambda: initial_weights(config))
         dataset = build_dataset(config.data, world)
         trainer = build_trainer(config, world, dataset, checkpoints, init)
         if resumed:

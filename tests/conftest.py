@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from launched import Run, processes, send
+from launched import Run, environment_of, processes, send
 from ranks import RankPool
 
 import ddp_cifar.command
@@ -100,12 +100,11 @@ def shell() -> Callable[..., Outcome]:
     """Runs a command in the checkout as a user would, with the programs of the environment on PATH."""
 
     def run(*command: str, timeout: float = 120, cwd: Path = CHECKOUT, **environment: str) -> Outcome:
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        inherited = {name: value for name, value in environment_of().items() if name != "OMP_NUM_THREADS"}
         done = subprocess.run(
             command,
             cwd=cwd,
-            env={**inherited, "PATH": path, **environment},
+            env={**inherited, **environment},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

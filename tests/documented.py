@@ -111,4 +111,5 @@ def copy_checkout(folder: Path) -> Path:
     copy = folder / "a copy"
     for name in ("launch", "slurm", "configs", "ddp_cifar"):
         shutil.copytree(CHECKOUT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "site.sh"))
+    shutil.copy(CHECKOUT / "tests" / "paced_network.py", copy)  # importable, as runs start in this folder
     return copy

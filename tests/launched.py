@@ -35,6 +35,7 @@ ARGUMENTS = (
     "checkpoint.every_steps=5",
     "checkpoint.keep=2",
     "device=cpu",
+    "model.name=paced_network:Network",
 )
 TIME_KEYS = re.compile(r".*_s$|.*_per_s$|^run/")
 SHORT = ("train.epochs=3",)
@@ -62,8 +63,10 @@ def rows_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def environment_of(**settings: str) -> dict[str, str]:
-    """A copy of this environment with `settings`, and with the programs of this Python first on PATH."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **settings}
+    """A copy of this environment with `settings`, the programs of this Python, and the modules of the tests."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    modules = f"{CHECKOUT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": modules, **settings}
 
 
 def free_port() -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torchvision
 from documented import PAGES, command_of, commands_in, commands_of, copy_checkout, pages
 from launched import CHECKOUT
 from PIL import Image
@@ -62,6 +63,7 @@ RUN_BY = {
     r"-m ddp_cifar\.preflight$": "test_launch.py::test_the_commands_of_launch_readme_run",
     r"runs/(four|two)\b": "test_documented.py::test_two_runs_are_compared_as_the_page_says",
     r"data\.name=mine:stripes": "test_extending.py::",
+    r"ddp_cifar\.config\.reference": "config/test_reference.py::test_the_config_reference_matches_the_schema",
     r"augment\.name=(augmentations|color):": "data/test_augment.py::test_the_augmentations_of_the_page_differ_per_image",
     r"^torchrun --nproc_per_node=2 program\.py": "test_api.py::test_the_program_of_the_python_page_runs_on_two_ranks",
     r"^tests/\S+\.py$": "",
@@ -262,6 +264,10 @@ def things(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy_checkout(folder)
     images_in(folder / "images")
     (folder / "documented_example.py").write_text(EXAMPLE)
+    for name, code in re.findall(
+        r"`(\w+\.py)`:\n\n```python\n(.*?)```", (CHECKOUT / "docs" / "augmentation.md").read_text(), re.DOTALL
+    ):
+        (folder / name).write_text(code)
     trained = shell("python", "-m", "ddp_cifar.train", *SHAPES, *SHORT, f"run_dir={folder / 'run'}")
     assert trained.status == 0, trained
     return folder
@@ -270,6 +276,9 @@ def things(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def judge(train: Train, things: Path, monkeypatch: pytest.MonkeyPatch) -> Judge:
     monkeypatch.syspath_prepend(str(things))
+    # instead of a download
+    weights = torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: weights)
     return Judge(train, things)
 
 
@@ -337,9 +346,8 @@ def test_a_documented_command_runs(judge: Judge, shell: Shell, train: Train, tmp
     if start.module == "train" and start.ranks == 1 and not re.search("launch/|reproducible", text):
         done = train(*start.arguments, *short)
     else:
-        line = line.replace("runs/sweeps/lr/*/", str(judge.folder / "run")).replace(
-            "... ", "python -m ddp_cifar.train "
-        )
+        line = line.replace("runs/sweeps/lr/*/", str(judge.folder / "run"))
+        line = re.sub(r"^\.\.\. (-m ddp_cifar\.train )?", "python -m ddp_cifar.train ", line)
         done = shell("bash", "-c", f"{line} {shlex.join(short)}", cwd=judge.folder / "a copy")
     assert done.status == 0, done.out + done.err
 

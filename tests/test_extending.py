@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
+import torchvision
 from helpers import Rows, config_of, make_trainer, random_dataset
 from ranks import RankPool
 from torch import nn
@@ -21,6 +23,7 @@ from ddp_cifar.log import log
 from ddp_cifar.models import build_model
 from ddp_cifar.run.checkpoint_file import digest, load_checkpoint
 from ddp_cifar.tracking import CustomTracker, build_custom_tracker
+from ddp_cifar.training.build import build_trainer, initial_weights
 
 CHECKOUT = Path(__file__).parent.parent
 PAGE = (CHECKOUT / "docs" / "extending.md").read_text()
@@ -239,7 +242,10 @@ def build(argument: str, world: World) -> None:
             "data.name=test_extending:mislabelled",
             "the labels of the train split range from 0 to 3: expected 0 to 1 (2 classes)",
         ),
-        ("data.name=test_extending:two_sizes", "the test images have the shape (3, 16, 16), the train images (3, 8, 8)"),
+        (
+            "data.name=test_extending:two_sizes",
+            "the test images have the shape (3, 16, 16), the train images (3, 8, 8)",
+        ),
         (
             "data.name=test_extending:no_data",
             "data.name=test_extending:no_data failed at data.root=data (ConnectionError: no route)",
@@ -303,3 +309,58 @@ def test_a_tracker_that_cannot_start_is_logged_as_a_warning(
 def test_torchvision_networks_that_need_special_arguments(name: str) -> None:
     model = build_model(config_of("model.name=torchvision", f"model.args.name={name}").model, 3, (3, 32, 32))
     assert model.train()(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which torch keeps downloads, without internet access."""
+
+    def no_route(*arguments: Any, **named: Any) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torch.hub.urlopen", no_route)
+    monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path))
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_a_run_starts_from_torchvisions_pretrained_weights(hub: Path, alone: World, channels: int) -> None:
+    trained = torchvision.models.squeezenet1_1().state_dict()  # 1,000 classes
+    torch.save(trained, hub / "squeezenet1_1-b8a52dc0.pth")
+    config = config_of(
+        "model.name=torchvision",
+        "model.args.name=squeezenet1_1",
+        "model.args.weights=DEFAULT",
+        f"data.channels={channels}",
+        "train.global_batch_size=8",
+    )
+    images = torch.zeros(8, channels, 32, 32, dtype=torch.uint8)
+    dataset = DataSet(Split.of(images, torch.arange(8) % 2), None, ("a", "b"))
+    state = build_trainer(config, alone, dataset, init=initial_weights(config)).model.state_dict()
+    first = trained["features.0.weight"]
+    assert torch.equal(state["features.0.weight"], first if channels == 3 else first.sum(1, keepdim=True))
+    assert torch.equal(state["features.12.expand3x3.weight"], trained["features.12.expand3x3.weight"])
+    assert state["classifier.1.weight"].shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (
+            "IMAGENET1K_V1",
+            r"cannot be downloaded \(.*no route.*\): download https://\S+pth on a machine with internet access",
+        ),
+        (
+            "IMAGENET1K_V7",
+            r"weights=IMAGENET1K_V7 are not weights of torchvision's squeezenet1_1; did you mean IMAGENET1K_V1",
+        ),
+    ],
+)
+def test_pretrained_weights_that_cannot_be_had_raise_an_error_of_one_line(
+    hub: Path, weights: str, message: str
+) -> None:
+    names = ("model.args.name=squeezenet1_1", f"model.args.weights={weights}")
+    with pytest.raises(UserError, match=message):
+        initial_weights(config_of("model.name=torchvision", *names))

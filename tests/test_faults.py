@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import ARGUMENTS, CHECKOUT, LONG, Result, Run, processes, rows_of, send, start, wait_until
+from launched import ARGUMENTS, CHECKOUT, LONG, Result, Run, environment_of, processes, rows_of, send, start, wait_until
 from soak import run_until_finished
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_launch import rows as all_rows
@@ -152,12 +152,11 @@ def test_torchrun_restarts_a_killed_rank(run: Run, uninterrupted: Result) -> Non
 
 @pytest.mark.slow
 def test_plain_torchrun_restarts_a_killed_rank_too(run: Run) -> None:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["torchrun", "--nproc_per_node=2", "--max-restarts=2", "-m", "ddp_cifar.train", *ARGUMENTS]
     run.path.mkdir()
     with open(run.path / "terminal.txt", "wb") as terminal:
         run.launcher = subprocess.Popen(
-            [*command, f"run_dir={run.path}"], env={**os.environ, "PATH": path}, stdout=terminal, stderr=terminal
+            [*command, f"run_dir={run.path}"], env=environment_of(), stdout=terminal, stderr=terminal
         )
     assert wait_until(lambda: (run.path / "checkpoints" / "latest.pt").exists(), 60)
     send([run.ranks()[1]], signal.SIGKILL)
@@ -184,9 +183,7 @@ def test_a_killed_node_is_started_again_and_the_run_continues(run: Run, tmp_path
     agents: list[subprocess.Popen[bytes]] = []
 
     def start_node() -> None:
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = {**os.environ, **nodes, "PATH": path, "MAX_RESTARTS": "3", "NPROC_PER_NODE": "1"}
-        environment["OMP_NUM_THREADS"] = "1"
+        environment = environment_of(**nodes, MAX_RESTARTS="3", NPROC_PER_NODE="1", OMP_NUM_THREADS="1")
         with open(tmp_path / f"node{len(agents)}.txt", "wb") as terminal:
             command = [str(CHECKOUT / "launch" / "node.sh"), *ARGUMENTS, *arguments, f"run_dir={run.path}"]
             agents.append(

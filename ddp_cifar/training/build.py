@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ddp_cifar.command import counted, span
-from ddp_cifar.config import Config, TrainConfig, as_typed
+from ddp_cifar.config import Config, ModelConfig, TrainConfig, as_typed
 from ddp_cifar.data.batch_plan import BatchPlan, advice, check_batch_size, larger_micro_batches, plan_batches
 from ddp_cifar.data.dataset import DataSet, choose_data_device
 from ddp_cifar.data.loader import EvalLoader, TrainLoader
@@ -19,9 +19,11 @@ from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
 from ddp_cifar.models import build_model, fails_on_one_image
+from ddp_cifar.models.torchvision import pretrained_weights
 from ddp_cifar.models.weights import load_weights
 from ddp_cifar.run.checkpoint_store import Checkpoints, NullCheckpoints
 from ddp_cifar.run.environment import device_name
+from ddp_cifar.run.resume import load_init
 from ddp_cifar.seeding import derive_seed
 from ddp_cifar.training.evaluation import Evaluator
 from ddp_cifar.training.loss import TrainingLoss, class_weights, loss_function
@@ -65,6 +67,24 @@ def _threads() -> str:
     return f"{number} CPU thread{'s' * (number > 1)}"
 
 
+def source_of_weights(config: ModelConfig) -> str:
+    """Return the name of the initial weights: a path, `torchvision's IMAGENET1K_V1`, or random."""
+    if config.init == "random" and config.name == "torchvision" and {"name", "weights"} <= config.args.keys():
+        return f"torchvision's {config.args['weights']}"
+    return config.init
+
+
+def initial_weights(config: Config) -> Mapping[str, Tensor] | None:
+    """Return the weights that a new run starts from, None if they are random. Raises `UserError` if they cannot be read."""
+    source = source_of_weights(config.model)
+    if source == "random":
+        return None
+    if source == config.model.init:
+        return load_init(source)
+    args = config.model.args
+    return pretrained_weights(args["name"], args["weights"], config.data.channels)
+
+
 def build_trainer(
     config: Config,
     world: World,
@@ -92,10 +112,10 @@ def build_trainer(
     model = build_model(config.model, num_classes, image_shape, device)
     check_micro_batches(config, plan, model, dataset)
     if init is not None:
-        new = load_weights(model, init, config.model.init, new_head=True)
+        source = source_of_weights(config.model)
+        new = load_weights(model, init, source, new_head=True)
         log.info(
-            f"weights from {config.model.init}"
-            + (f", except for {', '.join(new)} (different number of classes)" if new else "")
+            f"weights from {source}" + (f", except for {', '.join(new)} (different number of classes)" if new else "")
         )
     if channels_last:
         model = model.to(memory_format=torch.channels_last)

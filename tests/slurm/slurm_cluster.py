@@ -1,13 +1,13 @@
 """Control of a real Slurm cluster of three nodes, which cluster.sh starts."""
 
-import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from launched import environment_of
 
 SCRIPT = Path(__file__).parent / "cluster.sh"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY"}
@@ -126,11 +126,10 @@ class Cluster:
         timeout: float = 60,
         check: bool = True,
     ) -> "subprocess.CompletedProcess[str]":
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         done = subprocess.run(
             [SCRIPT, *arguments],
             cwd=cwd,
-            env={**os.environ, "PATH": path, "CLUSTER_DIR": str(self.folder), **(env or {})},
+            env=environment_of(CLUSTER_DIR=str(self.folder), **(env or {})),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
