@@ -21,6 +21,7 @@ from ddp_cifar.run.resume import check_same_run, find_checkpoint, load_init
 from ddp_cifar.run.run_dir import RunDir
 from ddp_cifar.training.build import check_micro_batches
 from ddp_cifar.training.optim import build_optimizer
+from ddp_cifar.training.parameters import describe_groups
 from ddp_cifar.training.precision import autocast
 from ddp_cifar.training.progress import Progress
 from ddp_cifar.training.trial import try_training
@@ -52,6 +53,7 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
         "run_dir": f"{config.run_dir} ({_state(config, resumed)})",
         "data": f"{config.data.name}: {_sizes(dataset)}",
         "model": f"{config.model.name}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters",
+        "optimizer": f"{config.optim.name}: {describe_groups(build_optimizer(model, config.optim).param_groups)}",
         "ranks": f"{world_size} ({nodes} nodes x {nproc_per_node})",
         "step": str(plan),
         "total": _steps(config, plan),

@@ -149,6 +149,22 @@ class StepClampConfig:
 
 
 @dataclass(frozen=True)
+class GroupConfig:
+    """A section of `optim.groups`."""
+
+    match: str = setting("", expected="a pattern of parameter names, such as conv_layer.*")
+    """Pattern that the names of the group's parameters match."""
+    lr_factor: float = setting(1.0, above=0)
+    """Factor on `optim.lr`."""
+    weight_decay: float | None = setting(None, at_least=0)
+    """Replaces `optim.weight_decay`. null: does not replace it."""
+
+    def __post_init__(self) -> None:
+        for each in fields(GroupConfig, "optim.groups."):
+            each.check(getattr(self, each.key.rpartition(".")[2]))
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     name: str = setting("adam", role="identity")
     """Optimizer: adam (as in the original script), adamw, sgd, or package.module:Class, such as torch.optim:RMSprop."""
@@ -159,6 +175,13 @@ class OptimConfig:
     weight_decay: float = setting(0.0, at_least=0, role="identity")
     """adam and sgd: L2 penalty, added to the gradient. adamw: decoupled weight decay; each update shrinks the weights by the
     factor 1 - lr x weight_decay."""
+    decay_norm_bias: bool = setting(True, role="identity")
+    """Apply `weight_decay` to biases and to the parameters of norm layers too. false: not to parameters with one dimension,
+    except where a section of `groups` sets a weight decay."""
+    groups: list[GroupConfig] = setting([], role="identity")
+    """Parameter groups: sections such as {match: "conv_layer.*", lr_factor: 0.1, weight_decay: 0}. `match` is a pattern of
+    parameter names (* is any text). `lr_factor` multiplies `lr`; `weight_decay` replaces the one above; both are optional. A
+    parameter belongs to the first section that matches. The other parameters keep `lr` and `weight_decay`."""
     momentum: float = setting(0.9, at_least=0, below=1, role="identity")
     """Momentum of sgd, with Nesterov momentum if above 0. adam and adamw ignore it."""
     schedule: Literal["constant", "cosine"] = setting("cosine", role="identity")

@@ -30,6 +30,7 @@ from ddp_cifar.run.environment import device_name
 from ddp_cifar.seeding import derive_seed
 from ddp_cifar.training.evaluation import Evaluator
 from ddp_cifar.training.optim import build_optimizer
+from ddp_cifar.training.parameters import describe_groups
 from ddp_cifar.training.precision import pick_precision
 from ddp_cifar.training.progress import Progress
 from ddp_cifar.training.step import TrainStep
@@ -116,12 +117,15 @@ def build_trainer(
 
     train_loader = TrainLoader(dataset.train, sampler, config.seed, channels_last, device)
     val, test = (EvalLoader(split, channels_last, device) if split else None for split in (dataset.val, dataset.test))
+    optimizer = build_optimizer(model, config.optim)
+    if len(optimizer.param_groups) > 1:
+        log.info(f"parameter groups: {describe_groups(optimizer.param_groups)}")
     step = TrainStep(
         config,
         world,
         plan,
         model,
-        build_optimizer(model, config.optim),
+        optimizer,
         precision=precision,
         image_shape=train_loader.image_shape,
     )

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,22 +12,21 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from ddp_cifar.config import OptimConfig
 from ddp_cifar.errors import UserError
 from ddp_cifar.registry import call, is_user_defined, resolve
-
-Parameters = Iterable[nn.Parameter]
+from ddp_cifar.training.parameters import Groups, parameter_groups
 
 Implementation = dict[str, Any]
 """torch's options foreach, fused and capturable, each True or False."""
 
 
-def adam(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
+def adam(parameters: Groups, config: OptimConfig, implementation: Implementation) -> Optimizer:
     return Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, **implementation, **config.args)
 
 
-def adamw(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
+def adamw(parameters: Groups, config: OptimConfig, implementation: Implementation) -> Optimizer:
     return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, **implementation, **config.args)
 
 
-def sgd(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
+def sgd(parameters: Groups, config: OptimConfig, implementation: Implementation) -> Optimizer:
     optimizer = SGD(
         parameters,
         lr=config.lr,
@@ -39,20 +38,23 @@ def sgd(parameters: Parameters, config: OptimConfig, implementation: Implementat
     )
     if config.momentum > 0:
         # zeros mean no momentum yet; the fused kernel would leave the buffers uninitialized if fp16 skips the first update
-        for parameter in optimizer.param_groups[0]["params"]:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Return the optimizer that `config` names, over all of the model's parameters.
+    """Return the optimizer that `config` names, over all of the model's parameters, in the groups of `config`.
 
     A user-defined optimizer is called with the parameters, `lr`, `weight_decay` and `config.args`. It chooses its own kernels.
-    Raises `UserError` if the device cannot run `config.implementation`, or if the optimizer does not accept its arguments.
+    Raises `UserError` if the device cannot run `config.implementation`, if the optimizer does not accept its arguments, or if
+    a group has no parameters.
     """
     function = resolve("optim.name", config.name)
+    groups = parameter_groups(model, config)
     if is_user_defined(config.name):
-        return _build_user_defined(function, model, config)
+        return _build_user_defined(function, model, groups, config)
     device = next(model.parameters()).device.type
     if config.implementation == "capturable" and device != "cuda":
         raise UserError(
@@ -61,23 +63,33 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     name = "fused" if config.implementation == "auto" else config.implementation
     implementation = {"foreach": name == "foreach", "fused": name == "fused", "capturable": name == "capturable"}
     try:
-        built: Optimizer = function(model.parameters(), config, implementation)
+        built: Optimizer = function(groups, config, implementation)
         return built
     except (TypeError, ValueError) as error:
         raise UserError(f"optim.name={config.name} does not accept optim.args={config.args} ({error})") from error
 
 
-def _build_user_defined(function: Callable[..., Optimizer], model: nn.Module, config: OptimConfig) -> Optimizer:
+def _build_user_defined(
+    function: Callable[..., Optimizer], model: nn.Module, groups: Groups, config: OptimConfig
+) -> Optimizer:
+    is_grouped = bool(config.groups) or not config.decay_norm_bias
+    parameters: list[Any] = groups if is_grouped else list(model.parameters())
     # decided by the argument's name: most optimizers accept only tensors, and a trial call would hide their errors
-    wants_names = _first_argument(function) == "named_parameters"
-    parameters = list(model.named_parameters() if wants_names else model.parameters())
+    if _first_argument(function) == "named_parameters":
+        if is_grouped:
+            raise UserError(
+                f"optim.name={config.name} makes its own groups from named_parameters; remove optim.groups and "
+                f"optim.decay_norm_bias, or use an optimizer whose first argument has another name"
+            )
+        parameters = list(model.named_parameters())
     arguments = {"lr": config.lr, "weight_decay": config.weight_decay} | config.args
     try:
         optimizer = call("optim.name", config.name, function, parameters, **arguments)
     except UserError:
         raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optim.name={config.name} does not accept {arguments} ({error})") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        found = f"{'parameter groups with ' if is_grouped else ''}{arguments}"
+        raise UserError(f"optim.name={config.name} does not accept {found} ({error})") from error
     if not isinstance(optimizer, Optimizer):
         found = type(optimizer).__name__
         raise UserError(f"optim.name={config.name} returned a {found}, expected a torch.optim.Optimizer")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import config_of
 from launched import CHECKOUT
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -174,3 +175,104 @@ def test_the_checkpoint_format_of_built_in_optimizers_does_not_change(name: str)
     (group,) = optimizer.state_dict()["param_groups"]
     assert group.keys() == expected
     assert not {"param_names", "initial_lr"} & group.keys()
+
+
+def grouped(*arguments: str) -> list[tuple[list[str], float, float]]:
+    """The names, learning rate and weight decay of each group of a small network's optimizer."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, config_of("optim.lr=0.5", "optim.weight_decay=0.25", *arguments).optim)
+    return [
+        ([names[id(parameter)] for parameter in group["params"]], group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+    ]
+
+
+BIASES = 'optim.groups=[{match: "0.*", lr_factor: 0.5}, {match: "*.bias", weight_decay: 0}]'
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "torch.optim:RMSprop"])
+def test_parameters_are_grouped_by_the_first_pattern_that_matches(name: str) -> None:
+    assert grouped(f"optim.name={name}", BIASES) == [
+        (["1.weight", "3.weight"], 0.5, 0.25),
+        (["0.weight", "0.bias"], 0.25, 0.25),
+        (["1.bias", "3.bias"], 0.5, 0.0),
+    ]
+
+
+def test_norm_layers_and_biases_can_be_exempt_from_weight_decay() -> None:
+    exempt = "optim.decay_norm_bias=false"
+    assert grouped(exempt) == [
+        (["0.weight", "3.weight"], 0.5, 0.25),
+        (["0.bias", "1.weight", "1.bias", "3.bias"], 0.5, 0.0),
+    ]
+    sections = 'optim.groups=[{match: "0.*", lr_factor: 0.5}, {match: "1.*", weight_decay: 0.125}]'
+    assert grouped(exempt, sections) == [
+        (["3.weight"], 0.5, 0.25),
+        (["3.bias"], 0.5, 0.0),
+        (["0.weight"], 0.25, 0.25),
+        (["0.bias"], 0.25, 0.0),
+        (["1.weight", "1.bias"], 0.5, 0.125),
+    ]
+
+
+def test_each_group_keeps_its_factor_under_the_schedule_also_after_a_resume() -> None:
+    config = config_of("optim.name=sgd", "optim.lr=0.5", BIASES).optim
+    model, optimizer, schedule = built(config)
+    assert schedule.before_step(1) == 0.25, "the learning rate of the parameters without a section, at half the warm-up"
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.125, 0.25]
+    train(model, optimizer, schedule, range(2))
+    again, resumed, resumed_schedule = built(config)
+    again.load_state_dict(model.state_dict())
+    load_optimizer_state(resumed, copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, schedule, range(2, 8))
+    train(again, resumed, resumed_schedule, range(2, 8))
+    assert digest(optimizer.state_dict()["state"]) == digest(resumed.state_dict()["state"])
+    assert digest(dict(model.state_dict())) == digest(dict(again.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ['optim.groups=[{match: "conv.*"}]'],
+            "optim.groups: the pattern conv.* matches no parameter; the model has 0.",
+        ),
+        (
+            ['optim.groups=[{match: "*"}, {match: "0.*"}]'],
+            "earlier patterns match all parameters that 0.* matches; move",
+        ),
+        (
+            ["optim.groups=[{match: a, lr: 1}]"],
+            "expected [{match: str, lr_factor: float, weight_decay: float or null}, ..",
+        ),
+        (["optim.groups=[{match: a, lr_factor: fast}]"], "has the wrong type: expected [{match: str, "),
+        (["optim.groups=[a]"], "optim.groups=['a'] has the wrong type: expected [{match: str, "),
+        (["optim.groups=a"], "optim.groups=a has the wrong type: expected [{match: str, "),
+        (
+            ["optim.groups=[{lr_factor: 1}]"],
+            "optim.groups.match='' is out of range: expected a pattern of parameter names",
+        ),
+        (
+            ["optim.groups=[{match: a, lr_factor: 0}]"],
+            "optim.groups.lr_factor=0.0 is out of range: expected a number above",
+        ),
+        (
+            ["optim.groups=[{match: a, weight_decay: -1}]"],
+            "optim.groups.weight_decay=-1.0 is out of range: expected 0 or",
+        ),
+        (
+            ["optim.name=test_optim:decay_matrices_only", "optim.decay_norm_bias=false"],
+            "makes its own groups from named_parameters; remove optim.groups and optim.decay_norm_bias",
+        ),
+        (
+            ["optim.name=test_optim:TensorsOnly", BIASES],
+            "TensorsOnly does not accept parameter groups with {'lr': 0.5, 'weight_decay': 0.25} ('dict' object has no",
+        ),
+    ],
+)
+def test_a_mistake_in_the_groups_gives_one_line(arguments: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        grouped(*arguments)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
