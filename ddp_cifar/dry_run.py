@@ -21,7 +21,7 @@ from ddp_cifar.run.resume import check_same_run, find_checkpoint, load_init
 from ddp_cifar.run.run_dir import RunDir
 from ddp_cifar.training.build import check_micro_batches
 from ddp_cifar.training.optim import build_optimizer
-from ddp_cifar.training.parameters import describe_groups
+from ddp_cifar.training.parameters import describe_groups, freeze
 from ddp_cifar.training.precision import autocast
 from ddp_cifar.training.progress import Progress
 from ddp_cifar.training.trial import try_training
@@ -43,6 +43,7 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
         dataset = dataset_metadata(config.data, world)
     plan = plan_batches(config.train, world_size, len(dataset.train))
     model = build_model(config.model, len(dataset.classes), dataset.train.image_size)
+    frozen = freeze(model, config.model.freeze)
     check_micro_batches(config, plan, model, dataset)
     if not resumed and config.model.init != "random":
         load_weights(model, load_init(config.model.init), config.model.init, new_head=True)
@@ -52,7 +53,8 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
     lines = {
         "run_dir": f"{config.run_dir} ({_state(config, resumed)})",
         "data": f"{config.data.name}: {_sizes(dataset)}",
-        "model": f"{config.model.name}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters",
+        "model": f"{config.model.name}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+        + (f"; {frozen}" if frozen else ""),
         "optimizer": f"{config.optim.name}: {describe_groups(build_optimizer(model, config.optim).param_groups)}",
         "ranks": f"{world_size} ({nodes} nodes x {nproc_per_node})",
         "step": str(plan),

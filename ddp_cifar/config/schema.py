@@ -126,6 +126,10 @@ class ModelConfig:
     init: str = setting("random", expected="random or a path")
     """Initial weights: random, or the path of a checkpoint, a run_dir (its newest checkpoint) or a saved state dict. If the
     number of classes differs, the last layer is initialized randomly."""
+    freeze: list[str] = setting([], role="identity")
+    """[PATTERN, ...]: parameters that keep their initial values, by patterns of their names, such as conv_layer.* (* is any
+    text). A BatchNorm layer whose weight and bias are both frozen runs in eval mode, so that its running statistics do not
+    change either."""
 
 
 @dataclass(frozen=True)

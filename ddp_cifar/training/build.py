@@ -30,7 +30,7 @@ from ddp_cifar.run.environment import device_name
 from ddp_cifar.seeding import derive_seed
 from ddp_cifar.training.evaluation import Evaluator
 from ddp_cifar.training.optim import build_optimizer
-from ddp_cifar.training.parameters import describe_groups
+from ddp_cifar.training.parameters import describe_groups, freeze
 from ddp_cifar.training.precision import pick_precision
 from ddp_cifar.training.progress import Progress
 from ddp_cifar.training.step import TrainStep
@@ -92,6 +92,7 @@ def build_trainer(
 
     torch.manual_seed(derive_seed("init", config.seed))
     model = build_model(config.model, len(dataset.classes), dataset.train.image_size, device)
+    frozen = freeze(model, config.model.freeze)
     check_micro_batches(config, plan, model, dataset)
     if init is not None:
         new = load_weights(model, init, config.model.init, new_head=True)
@@ -112,6 +113,8 @@ def build_trainer(
     log.info(
         f"{config.model.name}: {parameters:,} parameters, {precision}, device {device.type}, backend {world.backend}{threads}"
     )
+    if frozen:
+        log.info(frozen)
     for line in (str(plan), *advice(config.train, plan, on_gpus=device.type == "cuda")):
         log.info(line)
 

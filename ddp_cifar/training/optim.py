@@ -40,7 +40,8 @@ def sgd(parameters: Groups, config: OptimConfig, implementation: Implementation)
         # zeros mean no momentum yet; the fused kernel would leave the buffers uninitialized if fp16 skips the first update
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                if parameter.requires_grad:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 

@@ -1,10 +1,12 @@
-"""The model's parameters by name: the groups in which an optimizer updates them."""
+"""The model's parameters by name: which are frozen, and the groups in which an optimizer updates the others."""
 
+import types
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddp_cifar.config import GroupConfig, OptimConfig
 from ddp_cifar.errors import UserError
@@ -13,6 +15,40 @@ SHOWN = 5  # names in an error message
 
 Groups = list[dict[str, Any]]
 """torch's parameter groups: `params`, and the options in which a group differs from the optimizer's."""
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
+    """Freeze the parameters whose names match one of the patterns, and return a description, "" without patterns.
+
+    A BatchNorm layer whose weight and bias are frozen stays in eval mode. Call it before the optimizer and DDP are built.
+    Raises `UserError` if a pattern matches nothing, or if nothing is left to train.
+    """
+    named = dict(model.named_parameters())
+    frozen = {id(named[name]) for pattern in patterns for name in match_names(pattern, list(named), "model.freeze")}
+    if not frozen:
+        return ""
+    for parameter in named.values():
+        if id(parameter) in frozen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in named.values()):
+        raise UserError(f"model.freeze={list(patterns)} freezes all parameters; expected some to train")
+    norms = 0
+    for module in model.modules():
+        own = {id(parameter) for parameter in module.parameters(recurse=False)}
+        if isinstance(module, _BatchNorm) and own and own <= frozen:
+            # a method of the module, which a copy of the model binds to its own
+            module.train = types.MethodType(_stay_in_eval_mode, module)  # type: ignore[method-assign]
+            module.eval()
+            norms += 1
+    count, total = (sum(p.numel() for p in named.values() if every or id(p) in frozen) for every in (False, True))
+    return f"frozen: {count:,} of {total:,} parameters" + (
+        f", and the statistics of {norms} BatchNorm layers" * (norms > 0)
+    )
+
+
+def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Replaces `train` of a frozen layer."""
+    return nn.Module.train(module, False)
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> Groups:
@@ -57,9 +93,9 @@ def match_names(pattern: str, names: Sequence[str], key: str) -> list[str]:
 
 
 def describe_groups(groups: Groups) -> str:
-    """Describe an optimizer's groups: `4,700,000 parameters with lr 0.001, weight decay 0; ...`"""
+    """Describe an optimizer's groups, without frozen parameters: `4,700,000 parameters with lr 0.001, weight decay 0; ...`"""
     return "; ".join(
-        f"{sum(parameter.numel() for parameter in group['params']):,} parameters with "
+        f"{sum(parameter.numel() for parameter in group['params'] if parameter.requires_grad):,} parameters with "
         + ", ".join(f"{name.replace('_', ' ')} {group[name]:g}" for name in ("lr", "weight_decay") if name in group)
         for group in groups
     )

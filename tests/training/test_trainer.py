@@ -274,8 +274,10 @@ def test_the_best_checkpoint_is_chosen_by_validation_accuracy(alone: World, tmp_
 
 
 def stop_and_resume_all_states(world: World) -> tuple[str, str]:
-    """Like `stop_and_resume`, with all components that have a state."""
-    arguments = (*RESUMED, "precision=fp16", "train.ema_decay=0.9", "train.label_smoothing=0.1", "optim.name=adamw")
+    """Like `stop_and_resume`, with all components that have a state, frozen layers and parameter groups."""
+    frozen = ("model.freeze=[conv_layer.0.*, conv_layer.1.*]", "optim.groups=[{match: conv_layer.*, lr_factor: 0.5}]")
+    more = ("precision=fp16", "train.ema_decay=0.9", "train.label_smoothing=0.1", "optim.name=adamw")
+    arguments = (*RESUMED, *frozen, *more)
     dataset = random_dataset(70, image_size=8)
     uninterrupted = make_trainer(world, config_of(*arguments), dataset)
     uninterrupted.fit()
