@@ -24,6 +24,7 @@ from ddp_cifar.training.optim import build_optimizer
 from ddp_cifar.training.parameters import describe_groups, freeze
 from ddp_cifar.training.precision import autocast
 from ddp_cifar.training.progress import Progress
+from ddp_cifar.training.schedule import Schedule
 from ddp_cifar.training.trial import try_training
 
 
@@ -48,6 +49,10 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
     if not resumed and config.model.init != "random":
         load_weights(model, load_init(config.model.init), config.model.init, new_head=True)
     try_training(model, config, len(dataset.classes), dataset.train.image_size, _precision(config))
+    optimizer = build_optimizer(model, config.optim)
+    Schedule(
+        optimizer, config.optim, steps_per_epoch=plan.steps_per_epoch, epochs=config.train.epochs
+    )  # only its checks
     footprint = footprint_of(config, plan.micro_batch_size, dataset, model)
     size = functools.partial(megabytes, digits=0)
     lines = {
@@ -55,7 +60,7 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
         "data": f"{config.data.name}: {_sizes(dataset)}",
         "model": f"{config.model.name}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters"
         + (f"; {frozen}" if frozen else ""),
-        "optimizer": f"{config.optim.name}: {describe_groups(build_optimizer(model, config.optim).param_groups)}",
+        "optimizer": f"{config.optim.name}: {describe_groups(optimizer.param_groups)}",
         "ranks": f"{world_size} ({nodes} nodes x {nproc_per_node})",
         "step": str(plan),
         "total": _steps(config, plan),

@@ -29,6 +29,12 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "adamw": "ddp_cifar.training.optim:adamw",
         "sgd": "ddp_cifar.training.optim:sgd",
     },
+    "optim.schedule": {
+        "constant": "ddp_cifar.training.schedule:constant",
+        "cosine": "ddp_cifar.training.schedule:cosine",
+        "multistep": "ddp_cifar.training.schedule:multistep",
+        "polynomial": "ddp_cifar.training.schedule:polynomial",
+    },
     "tracking.name": {},
 }
 """Config key -> built-in name -> `package.module:function`. To add a built-in, add its file and one line here."""

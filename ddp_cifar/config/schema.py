@@ -188,14 +188,32 @@ class OptimConfig:
     parameter belongs to the first section that matches. The other parameters keep `lr` and `weight_decay`."""
     momentum: float = setting(0.9, at_least=0, below=1, role="identity")
     """Momentum of sgd, with Nesterov momentum if above 0. adam and adamw ignore it."""
-    schedule: Literal["constant", "cosine"] = setting("cosine", role="identity")
+    schedule: str = setting("cosine", role="identity")
     """Learning rate after the warm-up. constant: stays at `lr`. cosine: decays to 0 at the end of train.epochs along half a
-    cosine."""
+    cosine. multistep: multiplied by `gamma` after each of the `milestones`. polynomial: `lr` x (1 - t)^`power`, where t goes
+    from 0 to 1 at the end of train.epochs. package.module:function: `lr` times the function's result (docs/extending.md)."""
+    milestones: list[int] = setting([], role="identity")
+    """[EPOCH, ...]: numbers of completed epochs after which multistep multiplies the learning rate by `gamma`."""
+    gamma: float = setting(0.1, above=0, below=1, role="identity")
+    """Factor of multistep."""
+    power: float = setting(1.0, above=0, role="identity")
+    """Exponent of polynomial. 1: the learning rate decays linearly."""
     warmup_epochs: float = setting(1.0, at_least=0, role="identity")
     """Number of epochs over which the learning rate rises linearly from 0 to `lr`. May be a fraction."""
     implementation: Literal["auto", "default", "foreach", "fused", "capturable"] = "auto"
     """Which of PyTorch's implementations computes the optimizer update. auto: fused, the fastest. capturable needs a GPU."""
     step_clamp: StepClampConfig = field(default_factory=StepClampConfig)
+
+    def __post_init__(self) -> None:
+        if (self.schedule == "multistep") != bool(self.milestones):
+            raise UserError(
+                f"optim.milestones={self.milestones} does not fit optim.schedule={self.schedule}: expected [EPOCH, ...] with "
+                f"multistep, and [] with any other schedule"
+            )
+        if self.milestones and [0, *self.milestones] != sorted({0, *self.milestones}):
+            raise UserError(
+                f"optim.milestones={self.milestones} is out of range: expected numbers of epochs from 1 in increasing order"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,40 @@
-"""The learning rate as a function of the step, and the clamp on Adam's step count."""
+"""The learning rate as a function of the step, and the clamp on Adam's step count.
 
+A schedule is a function of (step, total_steps) that returns a factor on the peak learning rate, for the update after `step`
+completed ones. Both are counted from the end of the warm-up.
+"""
+
+import functools
 import math
-from typing import Any, Literal
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
 
 from torch.optim import Adam, Optimizer
 
 from ddp_cifar.config import OptimConfig
+from ddp_cifar.errors import UserError, first_line
+from ddp_cifar.registry import resolve
 
 
-def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: Literal["constant", "cosine"]) -> float:
-    """Return the factor on the peak learning rate for the update after `step` completed ones.
+def constant(step: int, total_steps: int) -> float:
+    return 1.0
 
-    The factor rises linearly over the first `warmup_steps` updates, from 1 / `warmup_steps`. Then it stays at 1, or falls
-    along half a cosine, (1 + cos(pi t)) / 2, to 0 at `total_steps` (Loshchilov and Hutter, SGDR, 2017).
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    return (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps))) / 2
+
+def cosine(step: int, total_steps: int) -> float:
+    """Half a cosine, (1 + cos(pi t)) / 2, from 1 to 0 (Loshchilov and Hutter, SGDR, 2017)."""
+    return (1 + math.cos(math.pi * step / max(1, total_steps))) / 2
+
+
+def multistep(step: int, total_steps: int, *, milestones: Sequence[int], gamma: float) -> float:
+    """`gamma` to the power of the number of `milestones` (steps, in order) that are completed."""
+    return gamma ** bisect_right(milestones, step)
+
+
+def polynomial(step: int, total_steps: int, *, power: float) -> float:
+    """(1 - t)^power, from 1 to 0."""
+    factor: float = max(0.0, 1 - step / max(1, total_steps)) ** power
+    return factor
 
 
 class AdamStepClamp:
@@ -59,6 +75,16 @@ class Schedule:
         ]
         self.total_steps = epochs * steps_per_epoch
         self.warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+        milestones = [epoch * steps_per_epoch - self.warmup_steps for epoch in config.milestones]
+        options: dict[str, dict[str, Any]] = {
+            "multistep": {"milestones": milestones, "gamma": config.gamma},
+            "polynomial": {"power": config.power},
+        }
+        function = resolve("optim.schedule", config.schedule)
+        self.function = functools.partial(function, **options.get(config.schedule, {}))
+        last = self.total_steps - 1
+        for step in (min(self.warmup_steps, last), last):  # a user-defined function that fails should fail here
+            self.factor(step)
         self.clamp_after_step = config.step_clamp.after_epoch * steps_per_epoch
         self.clamp: AdamStepClamp | None = None
         if config.step_clamp.enabled and isinstance(optimizer, Adam):  # AdamW inherits from Adam
@@ -66,11 +92,29 @@ class Schedule:
 
     def before_step(self, step: int) -> float:
         """Prepare the optimizer for the update after `step` completed ones; return the first group's learning rate."""
-        factor = lr_factor(
-            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, schedule=self.config.schedule
-        )
+        factor = self.factor(step)
         for group, initial_lr in zip(self.optimizer.param_groups, self.initial_lrs, strict=True):
             group["lr"] = initial_lr * factor
         if self.clamp:
             self.clamp.active = step >= self.clamp_after_step
         return self.initial_lrs[0] * factor
+
+    def factor(self, step: int) -> float:
+        """Return the factor on the learning rate for the update after `step` completed ones.
+
+        It rises linearly over the first `warmup_steps` updates, from 1 / `warmup_steps`; then it follows the schedule. Raises
+        `UserError` if a user-defined schedule fails.
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        step, total_steps = step - self.warmup_steps, self.total_steps - self.warmup_steps
+        called = f"optim.schedule={self.config.schedule}, called with ({step}, {total_steps}),"
+        try:
+            factor = float(self.function(step, total_steps))
+        except Exception as error:  # user-defined code may raise anything
+            raise UserError(
+                f"{called} failed: {first_line(error)}; expected a function of (step, total_steps) that returns a number"
+            ) from error
+        if not 0 <= factor < math.inf:
+            raise UserError(f"{called} returned {factor}; expected a finite number, 0 or more")
+        return factor

@@ -206,7 +206,7 @@ def test_an_argument_with_an_equals_sign_that_names_a_file_is_the_config_file(tm
 IDENTITY = """
 seed data.name data.args data.image_size data.val_images data.shapes.train_images data.shapes.test_images data.shapes.seed
 model.name model.args model.freeze optim.name optim.args optim.lr optim.weight_decay optim.decay_norm_bias optim.groups
-optim.momentum optim.schedule optim.warmup_epochs
+optim.momentum optim.schedule optim.milestones optim.gamma optim.power optim.warmup_epochs
 optim.step_clamp.enabled optim.step_clamp.after_epoch optim.step_clamp.limit optim.step_clamp.reset_to
 train.global_batch_size train.micro_batch_size train.label_smoothing train.ema_decay
 """

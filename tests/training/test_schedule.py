@@ -5,24 +5,106 @@ import io
 
 import pytest
 import torch
+from helpers import config_of
 from torch import nn
 from torch.optim import SGD, Adam
 
 from ddp_cifar.config import OptimConfig, StepClampConfig
+from ddp_cifar.errors import UserError
 from ddp_cifar.training.optim import build_optimizer
-from ddp_cifar.training.schedule import AdamStepClamp, Schedule, lr_factor
+from ddp_cifar.training.schedule import AdamStepClamp, Schedule
+
+
+def factors(*arguments: str, epochs: int = 12) -> list[float]:
+    """The factors of a run with one step per epoch; the last one is that of the run's end."""
+    config = config_of(*arguments).optim
+    schedule = Schedule(build_optimizer(nn.Linear(2, 2), config), config, steps_per_epoch=1, epochs=epochs)
+    return [schedule.factor(step) for step in range(epochs + 1)]
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
-    factors = [lr_factor(step, total_steps=12, warmup_steps=4, schedule="cosine") for step in range(13)]
-    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert factors[8] == pytest.approx(0.5)
-    assert factors[12] == pytest.approx(0.0)
-    assert factors[4:] == sorted(factors[4:], reverse=True)
+    found = factors("optim.warmup_epochs=4")
+    assert found[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert found[8] == pytest.approx(0.5)
+    assert found[12] == pytest.approx(0.0)
+    assert found[4:] == sorted(found[4:], reverse=True)
 
 
 def test_a_constant_learning_rate_does_not_change() -> None:
-    assert {lr_factor(step, total_steps=5, warmup_steps=0, schedule="constant") for step in range(9)} == {1.0}
+    assert set(factors("optim.schedule=constant", "optim.warmup_epochs=0")) == {1.0}
+
+
+def test_multistep_multiplies_the_learning_rate_after_each_milestone() -> None:
+    """An epoch of ten steps, in a run with half an epoch of warm-up."""
+    config = config_of(
+        "optim.schedule=multistep", "optim.milestones=[2, 3]", "optim.gamma=0.5", "optim.warmup_epochs=0.5"
+    ).optim
+    schedule = Schedule(build_optimizer(nn.Linear(2, 2), config), config, steps_per_epoch=10, epochs=4)
+    assert [schedule.factor(step) for step in (4, 5, 19, 20, 29, 30, 39)] == [1.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_polynomial_decays_to_zero() -> None:
+    linear = ("optim.schedule=polynomial", "optim.warmup_epochs=2")
+    assert factors(*linear, epochs=6) == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert factors(*linear, "optim.power=2", epochs=6) == [0.5, 1.0, 1.0, 0.5625, 0.25, 0.0625, 0.0]
+
+
+def triangle(step: int, total_steps: int) -> float:
+    return 1 - abs(2 * step / total_steps - 1)
+
+
+def negative(step: int, total_steps: int) -> float:
+    return -1.0
+
+
+def without_steps() -> float:
+    return 1.0
+
+
+def test_a_user_defined_schedule_is_a_function_of_the_steps_after_the_warm_up() -> None:
+    arguments = ("optim.schedule=test_schedule:triangle", "optim.warmup_epochs=2")
+    assert factors(*arguments, epochs=6) == [0.5, 1.0, 0.0, 0.5, 1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["optim.schedule=linear"],
+            "optim.schedule=linear is unknown: expected constant, cosine, multistep, polynomial, or",
+        ),
+        (
+            ["optim.schedule=multistep"],
+            "optim.milestones=[] does not fit optim.schedule=multistep: expected [EPOCH, ...]",
+        ),
+        (
+            ["optim.milestones=[3]"],
+            "optim.milestones=[3] does not fit optim.schedule=cosine: expected [EPOCH, ...] with",
+        ),
+        (
+            ["optim.schedule=multistep", "optim.milestones=[4, 2]"],
+            "optim.milestones=[4, 2] is out of range: expected numbers of epochs from 1 in increasing order",
+        ),
+        (["optim.schedule=multistep", "optim.milestones=[0, 2]"], "optim.milestones=[0, 2] is out of range"),
+        (["optim.milestones=[1.5]"], "optim.milestones=[1.5] has the wrong type: expected [int, ...]"),
+        (["optim.gamma=1"], "optim.gamma=1.0 is out of range: expected a number above 0 and below 1"),
+        (["optim.power=0"], "optim.power=0.0 is out of range: expected a number above 0"),
+        (["optim.schedule=test_schedule:trangle"], "has no trangle; did you mean triangle?"),
+        (
+            ["optim.schedule=test_schedule:without_steps"],
+            "optim.schedule=test_schedule:without_steps, called with (0, 11), failed: without_steps() takes 0 positional",
+        ),
+        (
+            ["optim.schedule=test_schedule:negative"],
+            "called with (0, 11), returned -1.0; expected a finite number, 0 or",
+        ),
+    ],
+)
+def test_a_mistake_in_the_schedule_gives_one_line(arguments: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        factors(*arguments)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
