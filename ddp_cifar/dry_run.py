@@ -78,7 +78,7 @@ def _state(config: Config, resumed: Loaded | None) -> str:
         return "new"
     progress = Progress()
     progress.load_state_dict(resumed.state["progress"])
-    return f"finished: {progress}" if progress.is_finished(config.train) else f"resumes from {progress}"
+    return f"finished: {progress}" if progress.is_finished(config) else f"resumes from {progress}"
 
 
 def _sizes(dataset: DataSet) -> str:
@@ -93,7 +93,9 @@ def _steps(config: Config, plan: BatchPlan) -> str:
     limit = config.train.max_steps
     if limit is not None and limit < steps:
         return f"{limit:,} steps (train.max_steps)"
-    return f"{config.train.epochs} epochs, {steps:,} steps"
+    patience = config.train.patience_epochs
+    early = f", or {patience} epochs without a better validation accuracy" if patience else ""
+    return f"{config.train.epochs} epochs, {steps:,} steps{early}"
 
 
 @dataclass(frozen=True)

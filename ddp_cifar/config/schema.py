@@ -223,6 +223,9 @@ class TrainConfig:
     max_steps: int | None = setting(None, at_least=1)
     """Step at which to end the run. The learning-rate schedule still spans `epochs`, so that a larger value continues the
     run. null: no limit."""
+    patience_epochs: int | None = setting(None, at_least=1)
+    """Number of epochs without a better validation accuracy after which the run ends early. Checked after each evaluation.
+    Needs data.val_images. null: the run does not end early."""
     global_batch_size: int = setting(512, at_least=1, role="identity")
     """Number of images per step (one optimizer update), over all ranks. Images per rank and gradient accumulation are derived
     from it and printed. The number of ranks cannot exceed it."""
@@ -333,7 +336,7 @@ class TrackingConfig:
     """Keyword arguments of the custom tracker: tracking.args.KEY=VALUE."""
     pictures_every: int | None = setting(10, at_least=1, role="non_result")
     """Number of epochs between evaluations that write images and precision-recall curves of the test set to TensorBoard. The
-    last evaluation also does. null: none, and no training images either."""
+    last epoch's also does. null: none, and no training images either."""
     histograms_every: int | None = setting(None, at_least=1, role="non_result")
     """Number of steps between histograms of weights and gradients in TensorBoard. null: none."""
     graph: bool = setting(False, role="non_result")
@@ -375,6 +378,11 @@ class Config:
     def __post_init__(self) -> None:
         for each in fields():
             each.check(get(self, each.key))
+        if self.train.patience_epochs is not None and not self.data.val_images:
+            raise UserError(
+                f"train.patience_epochs={self.train.patience_epochs} needs validation images, found data.val_images=0: set "
+                f"data.val_images, or remove train.patience_epochs"
+            )
         if self.train.reproducible:
             if self.train.compile != "off":
                 raise UserError(
