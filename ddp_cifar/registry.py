@@ -28,6 +28,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "adam": "ddp_cifar.training.optim:adam",
         "adamw": "ddp_cifar.training.optim:adamw",
         "sgd": "ddp_cifar.training.optim:sgd",
+        "muon": "ddp_cifar.training.muon:muon",
     },
     "optim.schedule": {
         "constant": "ddp_cifar.training.schedule:constant",

@@ -135,8 +135,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class StepClampConfig:
     enabled: bool = setting(True, role="identity")
-    """Reset the step count of adam and adamw to `reset_to` when it reaches `limit`, as the original script does. sgd ignores
-    it."""
+    """Reset the step count of adam and adamw to `reset_to` when it reaches `limit`, as the original script does. Other
+    optimizers ignore it."""
     after_epoch: int = setting(17, at_least=0, role="identity")
     """Number of epochs to complete before the clamp acts. The default, 17, matches `epoch > 16` in the original script: the
     clamp acts from the 18th epoch on."""
@@ -171,14 +171,15 @@ class GroupConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: str = setting("adam", role="identity")
-    """Optimizer: adam (as in the original script), adamw, sgd, or package.module:Class, such as torch.optim:RMSprop."""
+    """Optimizer: adam (as in the original script), adamw, sgd, muon (Muon for hidden matrices and convolutions, AdamW for the
+    rest), or package.module:Class, such as torch.optim:RMSprop."""
     args: dict[str, Any] = setting({}, role="identity")
     """Additional keyword arguments of the optimizer: optim.args.KEY=VALUE."""
     lr: float = setting(1e-3, above=0, role="identity")
-    """Peak learning rate, reached at the end of the warm-up."""
+    """Peak learning rate, reached at the end of the warm-up. muon: AdamW's; Muon's updates are scaled to the size of AdamW's."""
     weight_decay: float = setting(0.0, at_least=0, role="identity")
-    """adam and sgd: L2 penalty, added to the gradient. adamw: decoupled weight decay; each update shrinks the weights by the
-    factor 1 - lr x weight_decay."""
+    """adam and sgd: L2 penalty, added to the gradient. adamw and muon: decoupled weight decay; each update shrinks the weights
+    by the factor 1 - lr x weight_decay."""
     decay_norm_bias: bool = setting(True, role="identity")
     """Apply `weight_decay` to biases and to the parameters of norm layers too. false: not to parameters with one dimension,
     except where a section of `groups` sets a weight decay."""
@@ -187,7 +188,7 @@ class OptimConfig:
     parameter names (* is any text). `lr_factor` multiplies `lr`; `weight_decay` replaces the one above; both are optional. A
     parameter belongs to the first section that matches. The other parameters keep `lr` and `weight_decay`."""
     momentum: float = setting(0.9, at_least=0, below=1, role="identity")
-    """Momentum of sgd, with Nesterov momentum if above 0. adam and adamw ignore it."""
+    """Nesterov momentum of sgd (0: none) and of muon, for which 0.95 is usual. adam and adamw ignore it."""
     schedule: str = setting("cosine", role="identity")
     """Learning rate after the warm-up. constant: stays at `lr`. cosine: decays to 0 at the end of train.epochs along half a
     cosine. multistep: multiplied by `gamma` after each of the `milestones`. polynomial: `lr` x (1 - t)^`power`, where t goes
@@ -201,7 +202,8 @@ class OptimConfig:
     warmup_epochs: float = setting(1.0, at_least=0, role="identity")
     """Number of epochs over which the learning rate rises linearly from 0 to `lr`. May be a fraction."""
     implementation: Literal["auto", "default", "foreach", "fused", "capturable"] = "auto"
-    """Which of PyTorch's implementations computes the optimizer update. auto: fused, the fastest. capturable needs a GPU."""
+    """Which of PyTorch's implementations computes the optimizer update. auto: fused, the fastest. capturable needs a GPU. muon
+    ignores it."""
     step_clamp: StepClampConfig = field(default_factory=StepClampConfig)
 
     def __post_init__(self) -> None:

@@ -12,23 +12,27 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from ddp_cifar.config import OptimConfig
 from ddp_cifar.errors import UserError
 from ddp_cifar.registry import call, is_user_defined, resolve
-from ddp_cifar.training.parameters import Groups, parameter_groups
+from ddp_cifar.training.parameters import parameter_groups
 
 Implementation = dict[str, Any]
 """torch's options foreach, fused and capturable, each True or False."""
 
 
-def adam(parameters: Groups, config: OptimConfig, implementation: Implementation) -> Optimizer:
-    return Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, **implementation, **config.args)
+def adam(model: nn.Module, config: OptimConfig, implementation: Implementation) -> Optimizer:
+    return Adam(
+        parameter_groups(model, config), lr=config.lr, weight_decay=config.weight_decay, **implementation, **config.args
+    )
 
 
-def adamw(parameters: Groups, config: OptimConfig, implementation: Implementation) -> Optimizer:
-    return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, **implementation, **config.args)
+def adamw(model: nn.Module, config: OptimConfig, implementation: Implementation) -> Optimizer:
+    return AdamW(
+        parameter_groups(model, config), lr=config.lr, weight_decay=config.weight_decay, **implementation, **config.args
+    )
 
 
-def sgd(parameters: Groups, config: OptimConfig, implementation: Implementation) -> Optimizer:
+def sgd(model: nn.Module, config: OptimConfig, implementation: Implementation) -> Optimizer:
     optimizer = SGD(
-        parameters,
+        parameter_groups(model, config),
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.momentum > 0,
@@ -53,9 +57,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     a group has no parameters.
     """
     function = resolve("optim.name", config.name)
-    groups = parameter_groups(model, config)
     if is_user_defined(config.name):
-        return _build_user_defined(function, model, groups, config)
+        return _build_user_defined(function, model, config)
     device = next(model.parameters()).device.type
     if config.implementation == "capturable" and device != "cuda":
         raise UserError(
@@ -64,17 +67,17 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     name = "fused" if config.implementation == "auto" else config.implementation
     implementation = {"foreach": name == "foreach", "fused": name == "fused", "capturable": name == "capturable"}
     try:
-        built: Optimizer = function(groups, config, implementation)
+        built: Optimizer = function(model, config, implementation)
         return built
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"optim.name={config.name} does not accept optim.args={config.args} ({error})") from error
 
 
-def _build_user_defined(
-    function: Callable[..., Optimizer], model: nn.Module, groups: Groups, config: OptimConfig
-) -> Optimizer:
+def _build_user_defined(function: Callable[..., Optimizer], model: nn.Module, config: OptimConfig) -> Optimizer:
     is_grouped = bool(config.groups) or not config.decay_norm_bias
-    parameters: list[Any] = groups if is_grouped else list(model.parameters())
+    parameters: list[Any] = parameter_groups(model, config) if is_grouped else list(model.parameters())
     # decided by the argument's name: most optimizers accept only tensors, and a trial call would hide their errors
     if _first_argument(function) == "named_parameters":
         if is_grouped:
