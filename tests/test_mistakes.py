@@ -77,6 +77,8 @@ CONFIG_ERRORS = [
     (["run_dir=${nothing}"], ["nothing"]),
     (["backend=nccl", "device=cpu"], ["backend=nccl", "device=cuda"]),
     (["device=cuda"], ["device=cuda", "no usable GPU"]),
+    (["optim.schedule=linear"], ["optim.schedule=linear is unknown", "constant, cosine, multistep, polynomial"]),
+    (["optim.groups=[{match: a, lr: 1}]"], ["optim.groups=[{'match': 'a', 'lr': 1}]", "match: str, lr_factor: float"]),
     (["train.patience_epochs=3"], ["train.patience_epochs=3 needs validation images", "set data.val_images"]),
     (["optim.lr=???"], ["optim.lr=???", "no value"]),
     (["device=mps"], ["device=mps", "no Apple GPU"]),

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ddp_cifar.command import counted
 from ddp_cifar.config import GroupConfig, OptimConfig
 from ddp_cifar.errors import UserError
 
@@ -23,27 +24,25 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
     A BatchNorm layer whose weight and bias are frozen stays in eval mode. Call it before the optimizer and DDP are built.
     Raises `UserError` if a pattern matches nothing, or if nothing is left to train.
     """
-    named = dict(model.named_parameters())
-    frozen = {id(named[name]) for pattern in patterns for name in match_names(pattern, list(named), "model.freeze")}
-    if not frozen:
+    if not patterns:
         return ""
-    for parameter in named.values():
-        if id(parameter) in frozen:
-            parameter.requires_grad_(False)
+    named = dict(model.named_parameters())
+    frozen = {named[name] for pattern in patterns for name in match_names(pattern, list(named), "model.freeze")}
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in named.values()):
         raise UserError(f"model.freeze={list(patterns)} freezes all parameters; expected some to train")
     norms = 0
     for module in model.modules():
-        own = {id(parameter) for parameter in module.parameters(recurse=False)}
+        own = set(module.parameters(recurse=False))
         if isinstance(module, _BatchNorm) and own and own <= frozen:
             # a method of the module, which a copy of the model binds to its own
             module.train = types.MethodType(_stay_in_eval_mode, module)  # type: ignore[method-assign]
             module.eval()
             norms += 1
-    count, total = (sum(p.numel() for p in named.values() if every or id(p) in frozen) for every in (False, True))
-    return f"frozen: {count:,} of {total:,} parameters" + (
-        f", and the statistics of {norms} BatchNorm layers" * (norms > 0)
-    )
+    count, total = (sum(parameter.numel() for parameter in some) for some in (frozen, named.values()))
+    statistics = f", and the statistics of {counted(norms, 'BatchNorm layer')}" if norms else ""
+    return f"frozen: {count:,} of {total:,} parameters{statistics}"
 
 
 def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:

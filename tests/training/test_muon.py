@@ -16,14 +16,17 @@ from ddp_cifar.training.muon import hidden_matrices, orthogonalize
 from ddp_cifar.training.optim import build_optimizer
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16), (16, 16)])
-def test_the_singular_values_of_an_orthogonalized_matrix_are_near_one(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
+def test_the_singular_values_of_an_orthogonalized_matrix_are_near_one(shape: tuple[int, int], device: str) -> None:
+    """On a GPU, the computation is in bf16."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     found = left.T @ orthogonalize(matrix, steps=5) @ right.T
-    assert (found - found.diagonal().diag()).abs().max() < 1e-3, "the singular vectors do not change"
+    off_diagonal = found - found.diagonal().diag()
+    assert off_diagonal.abs().max() < (1e-3 if device == "cpu" else 0.1), "the singular vectors do not change"
     assert 0.6 < found.diagonal().min() <= found.diagonal().max() < 1.3
-    assert not orthogonalize(torch.zeros(shape), steps=5).any()
+    assert not orthogonalize(torch.zeros(shape, device=device), steps=5).any()
 
 
 def updated(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ def network() -> nn.Module:
 def test_parameters_are_frozen_by_patterns_and_norm_layers_with_all_of_them_stay_in_eval_mode() -> None:
     model = network()
     assert freeze(model, ["[01].*", "2.bias"]) == (
-        "frozen: 124 of 138 parameters, and the statistics of 1 BatchNorm layers"
+        "frozen: 124 of 138 parameters, and the statistics of 1 BatchNorm layer"
     )
     assert [name for name, each in model.named_parameters() if each.requires_grad] == ["2.weight", "4.weight", "4.bias"]
     twin = copy.deepcopy(model)
