@@ -21,8 +21,10 @@ from ddp_cifar.run.resume import check_same_run, find_checkpoint
 from ddp_cifar.run.run_dir import RunDir
 from ddp_cifar.training.build import check_micro_batches, initial_weights, source_of_weights
 from ddp_cifar.training.optim import build_optimizer
+from ddp_cifar.training.parameters import describe_groups, freeze
 from ddp_cifar.training.precision import autocast
 from ddp_cifar.training.progress import Progress
+from ddp_cifar.training.schedule import Schedule
 from ddp_cifar.training.trial import try_training
 
 
@@ -42,17 +44,24 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
         dataset = dataset_metadata(config.data, world)
     plan = plan_batches(config.train, world_size, len(dataset.train))
     model = build_model(config.model, len(dataset.classes), dataset.train.image_shape)
+    frozen = freeze(model, config.model.freeze)
     check_micro_batches(config, plan, model, dataset)
     init = None if resumed else initial_weights(config)
     if init is not None:
         load_weights(model, init, source_of_weights(config.model), new_head=True)
     try_training(model, config, len(dataset.classes), dataset.train.image_shape, _precision(config))
+    optimizer = build_optimizer(model, config.optim)
+    Schedule(
+        optimizer, config.optim, steps_per_epoch=plan.steps_per_epoch, epochs=config.train.epochs
+    )  # only its checks
     footprint = footprint_of(config, plan.micro_batch_size, dataset, model)
     size = functools.partial(megabytes, digits=0)
     lines = {
         "run_dir": f"{config.run_dir} ({_state(config, resumed)})",
         "data": f"{config.data.name}: {_sizes(dataset)}",
-        "model": f"{config.model.name}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters",
+        "model": f"{config.model.name}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+        + (f"; {frozen}" if frozen else ""),
+        "optimizer": f"{config.optim.name}: {describe_groups(optimizer.param_groups)}",
         "ranks": f"{world_size} ({nodes} nodes x {nproc_per_node})",
         "step": str(plan),
         "total": _steps(config, plan),
@@ -70,7 +79,7 @@ def _state(config: Config, resumed: Loaded | None) -> str:
         return "new"
     progress = Progress()
     progress.load_state_dict(resumed.state["progress"])
-    return f"finished: {progress}" if progress.is_finished(config.train) else f"resumes from {progress}"
+    return f"finished: {progress}" if progress.is_finished(config) else f"resumes from {progress}"
 
 
 def _sizes(dataset: DataSet) -> str:
@@ -86,7 +95,9 @@ def _steps(config: Config, plan: BatchPlan) -> str:
     limit = config.train.max_steps
     if limit is not None and limit < steps:
         return f"{limit:,} steps (train.max_steps)"
-    return f"{config.train.epochs} epochs, {steps:,} steps"
+    patience = config.train.patience_epochs
+    early = f", or {patience} epochs without a better validation accuracy" if patience else ""
+    return f"{config.train.epochs} epochs, {steps:,} steps{early}"
 
 
 @dataclass(frozen=True)

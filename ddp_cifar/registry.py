@@ -28,6 +28,13 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "adam": "ddp_cifar.training.optim:adam",
         "adamw": "ddp_cifar.training.optim:adamw",
         "sgd": "ddp_cifar.training.optim:sgd",
+        "muon": "ddp_cifar.training.muon:muon",
+    },
+    "optim.schedule": {
+        "constant": "ddp_cifar.training.schedule:constant",
+        "cosine": "ddp_cifar.training.schedule:cosine",
+        "multistep": "ddp_cifar.training.schedule:multistep",
+        "polynomial": "ddp_cifar.training.schedule:polynomial",
     },
     "augment.name": {},
     "train.loss": {"cross_entropy": "ddp_cifar.training.loss:cross_entropy"},

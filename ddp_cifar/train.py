@@ -66,10 +66,11 @@ def main(argv: Sequence[str]) -> int:
         if resumed:
             check_same_run(resumed, config)
             progress.load_state_dict(resumed.state["progress"])
-            if progress.is_finished(config.train):
+            if progress.is_finished(config):
                 if world.is_main:
                     run_dir.write_status("finished")  # a crash just after the last save leaves another status
-                log.info(f"{run_dir.path} is finished: {progress}; to continue, raise train.epochs or train.max_steps")
+                limit = "train.patience_epochs" if progress.ends_early(config) else "train.epochs or train.max_steps"
+                log.info(f"{run_dir.path} is finished: {progress}; to continue, raise {limit}")
                 return 0
 
         init = None if resumed else world.on_main(lambda: initial_weights(config))

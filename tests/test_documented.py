@@ -342,7 +342,8 @@ def test_a_documented_command_runs(judge: Judge, shell: Shell, train: Train, tmp
         has_data = any(word.startswith(("data.name=imagefolder", "data.name=doc")) for word in start.arguments)
         root = any(word.startswith("data.root=/") for word in start.arguments)
         data = () if has_data else ("data.name=imagefolder",) if root else SHAPES
-        short = (*SHORT, *data, f"run_dir={tmp_path / 'new'}")
+        val = ("data.val_images=10",) if "data.val_images" in text else ()
+        short = (*SHORT, *data, *val, f"run_dir={tmp_path / 'new'}")
     if start.module == "train" and start.ranks == 1 and not re.search("launch/|reproducible", text):
         done = train(*start.arguments, *short)
     else:

@@ -228,7 +228,7 @@ def build(argument: str, world: World) -> None:
         ),
         (
             "optim.name=adamm",
-            "expected adam, adamw, sgd, or a user-defined package.module:function; did you mean adam?",
+            "expected adam, adamw, sgd, muon, or a user-defined package.module:function; did you mean adam?",
         ),
         ("optim.name=torch.optim:Adamm", "has no Adamm; did you mean Adam"),
         ("optim.args.betta=1", "optim.name=adam does not accept optim.args={'betta': 1}"),

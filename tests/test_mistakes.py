@@ -77,6 +77,9 @@ CONFIG_ERRORS = [
     (["run_dir=${nothing}"], ["nothing"]),
     (["backend=nccl", "device=cpu"], ["backend=nccl", "device=cuda"]),
     (["device=cuda"], ["device=cuda", "no usable GPU"]),
+    (["optim.schedule=linear"], ["optim.schedule=linear is unknown", "constant, cosine, multistep, polynomial"]),
+    (["optim.groups=[{match: a, lr: 1}]"], ["optim.groups=[{'match': 'a', 'lr': 1}]", "match: str, lr_factor: float"]),
+    (["train.patience_epochs=3"], ["train.patience_epochs=3 needs validation images", "set data.val_images"]),
     (["optim.lr=???"], ["optim.lr=???", "no value"]),
     (["device=mps"], ["device=mps", "no Apple GPU"]),
 ]
@@ -257,6 +260,16 @@ def test_starting_a_finished_run_again_reports_it_finished(train: Train, finishe
     assert "test accuracy" in outcome.out
     assert (finished / "metrics.jsonl").read_text() == before
     assert (finished / "status").read_text() == "finished\n"
+
+
+def test_a_run_that_ended_early_is_finished(train: Train, tmp_path: Path) -> None:
+    constant = ("model.name=helpers:Tiny", "model.freeze=[1.*, 5.*]", "optim.lr=1e-12")  # the accuracy does not change
+    early = (*TINY, *constant, "data.val_images=32", "train.epochs=4", "train.patience_epochs=1", f"run_dir={tmp_path}")
+    assert "ending early: no better validation accuracy since step 1" in train(*early).out
+    assert (tmp_path / "status").read_text() == "finished\n"
+    outcome = train(*early)
+    assert "is finished: epoch 2, step 2" in outcome.out
+    assert "to continue, raise train.patience_epochs" in outcome.out
 
 
 def test_a_finished_run_continues_with_more_epochs_and_logs_changed_settings(train: Train, finished: Path) -> None:

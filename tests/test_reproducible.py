@@ -34,6 +34,15 @@ CNN = (
 """The CNN with four steps per epoch, of which the last has 3 images. The clamp is active in the last two epochs."""
 
 
+FINE_TUNING = (
+    "model.freeze=[conv_layer.0.*, conv_layer.1.*]",
+    'optim.groups=[{match: "conv_layer.*", lr_factor: 0.5}, {match: "*.bias", weight_decay: 0.1}]',
+    "optim.decay_norm_bias=false",
+    "optim.weight_decay=0.01",
+)
+"""Frozen layers, of which one is BatchNorm, and four parameter groups."""
+
+
 def train_cnn(world: World, *arguments: str) -> tuple[str, list[dict[str, Any]]]:
     """Return the sha256 of the whole state, and the rows of metrics."""
     config = config_of(*CNN, *arguments)
@@ -46,22 +55,22 @@ def train_cnn(world: World, *arguments: str) -> tuple[str, list[dict[str, Any]]]
 
 
 @pytest.mark.parametrize(
-    ("precision", "micro_batches", "world_sizes"),
+    ("precision", "micro_batches", "world_sizes", "more"),
     [
-        ("fp32", 8, (3,)),
-        ("bf16", 7, (2, 5)),
-        pytest.param("fp32", 6, (2, 3, 4, 5, 6), marks=pytest.mark.slow),
-        pytest.param("bf16", 7, (1, 3, 4, 6, 7), marks=pytest.mark.slow),
-        pytest.param("fp32", 8, (2, 4, 5, 6, 7, 8), marks=pytest.mark.slow),
-        pytest.param("bf16", 8, (2, 3, 4, 5, 6, 7, 8), marks=pytest.mark.slow),
+        ("fp32", 8, (3,), ()),
+        ("bf16", 7, (2, 5), FINE_TUNING),
+        pytest.param("fp32", 6, (2, 3, 4, 5, 6), (), marks=pytest.mark.slow),
+        pytest.param("bf16", 7, (1, 3, 4, 6, 7), (), marks=pytest.mark.slow),
+        pytest.param("fp32", 8, (2, 4, 5, 6, 7, 8), (), marks=pytest.mark.slow),
+        pytest.param("bf16", 8, (2, 3, 4, 5, 6, 7, 8), (), marks=pytest.mark.slow),
     ],
 )
 def test_the_cnn_is_bitwise_identical_on_any_number_of_ranks(
-    ranks: RankPool, precision: str, micro_batches: int, world_sizes: tuple[int, ...]
+    ranks: RankPool, precision: str, micro_batches: int, world_sizes: tuple[int, ...], more: tuple[str, ...]
 ) -> None:
     """With BatchNorm, dropout, an active clamp, gradient accumulation, and fewer images than micro-batches in the last step."""
     micro = f"train.micro_batch_size={micro_batch_size_for(32, micro_batches)}"
-    arguments = ("train.reproducible=true", f"precision={precision}", micro)
+    arguments = ("train.reproducible=true", f"precision={precision}", micro, *more)
     ((state, rows),) = ranks.run(train_cnn, 1, *arguments)
     assert [row["step"] for row in rows] == [2, 3, 4, 4, 6, 6, 8, 8, 9, 10, 12, 12, 12]
     assert all(torch.isfinite(torch.tensor(row["train/loss"])) for row in rows if "train/loss" in row)

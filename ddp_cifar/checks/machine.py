@@ -23,6 +23,7 @@ from ddp_cifar.dry_run import footprint_of
 from ddp_cifar.models import build_model
 from ddp_cifar.run.environment import output_of, versions
 from ddp_cifar.training.build import check_micro_batches
+from ddp_cifar.training.parameters import freeze
 
 FEW_FILES = 256
 """Open files that a rank needs, plus 16 per rank of the run."""
@@ -209,6 +210,7 @@ def check_batch(here: RankContext) -> str:
     # the number of ranks on the missing nodes is unknown
     most = max(facts["local_world_size"] for facts in here.arrived)
     model = build_model(config.model, len(here.dataset.classes), train.image_shape)
+    freeze(model, config.model.freeze)
     here.facts["checkpoint"] = footprint_of(config, 1, here.dataset, model).checkpoint  # for any batch size
     plan = plan_batches(config.train, here.world_size + absent * most, len(train))
     check_micro_batches(config, plan, model, here.dataset)

@@ -217,13 +217,17 @@ class ModelConfig:
     init: str = setting("random", expected="random or a path")
     """Initial weights: random, or the path of a checkpoint, a run_dir (its newest checkpoint) or a saved state dict. If the
     number of classes differs, the last layer is initialized randomly."""
+    freeze: list[str] = setting([], role="identity")
+    """[PATTERN, ...]: parameters that keep their initial values, by patterns of their names, such as conv_layer.* (* is any
+    text). A BatchNorm layer whose weight and bias are both frozen runs in eval mode, so that its running statistics do not
+    change either."""
 
 
 @dataclass(frozen=True)
 class StepClampConfig:
     enabled: bool = setting(True, role="identity")
-    """Reset the step count of adam and adamw to `reset_to` when it reaches `limit`, as the original script does. sgd ignores
-    it."""
+    """Reset the step count of adam and adamw to `reset_to` when it reaches `limit`, as the original script does. Other
+    optimizers ignore it."""
     after_epoch: int = setting(17, at_least=0, role="identity")
     """Number of epochs to complete before the clamp acts. The default, 17, matches `epoch > 16` in the original script: the
     clamp acts from the 18th epoch on."""
@@ -240,26 +244,69 @@ class StepClampConfig:
 
 
 @dataclass(frozen=True)
+class GroupConfig:
+    """A section of `optim.groups`."""
+
+    match: str = setting("", expected="a pattern of parameter names, such as conv_layer.*")
+    """Pattern that the names of the group's parameters match."""
+    lr_factor: float = setting(1.0, above=0)
+    """Factor on `optim.lr`."""
+    weight_decay: float | None = setting(None, at_least=0)
+    """Replaces `optim.weight_decay`. null: does not replace it."""
+
+    def __post_init__(self) -> None:
+        for each in fields(GroupConfig, "optim.groups."):
+            each.check(getattr(self, each.key.rpartition(".")[2]))
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     name: str = setting("adam", role="identity")
-    """Optimizer: adam (as in the original script), adamw, sgd, or package.module:Class, such as torch.optim:RMSprop."""
+    """Optimizer: adam (as in the original script), adamw, sgd, muon (Muon for hidden matrices and convolutions, AdamW for the
+    rest), or package.module:Class, such as torch.optim:RMSprop."""
     args: dict[str, Any] = setting({}, role="identity")
     """Additional keyword arguments of the optimizer: optim.args.KEY=VALUE."""
     lr: float = setting(1e-3, above=0, role="identity")
-    """Peak learning rate, reached at the end of the warm-up."""
+    """Peak learning rate, reached at the end of the warm-up. muon: AdamW's; Muon's updates are scaled to the size of AdamW's."""
     weight_decay: float = setting(0.0, at_least=0, role="identity")
-    """adam and sgd: L2 penalty, added to the gradient. adamw: decoupled weight decay; each update shrinks the weights by the
-    factor 1 - lr x weight_decay."""
+    """adam and sgd: L2 penalty, added to the gradient. adamw and muon: decoupled weight decay; each update shrinks the weights
+    by the factor 1 - lr x weight_decay."""
+    decay_norm_bias: bool = setting(True, role="identity")
+    """Apply `weight_decay` to biases and to the parameters of norm layers too. false: not to parameters with one dimension,
+    except where a section of `groups` sets a weight decay."""
+    groups: list[GroupConfig] = setting([], role="identity")
+    """Parameter groups: sections such as {match: "conv_layer.*", lr_factor: 0.1, weight_decay: 0}. `match` is a pattern of
+    parameter names (* is any text). `lr_factor` multiplies `lr`; `weight_decay` replaces the one above; both are optional. A
+    parameter belongs to the first section that matches. The other parameters keep `lr` and `weight_decay`."""
     momentum: float = setting(0.9, at_least=0, below=1, role="identity")
-    """Momentum of sgd, with Nesterov momentum if above 0. adam and adamw ignore it."""
-    schedule: Literal["constant", "cosine"] = setting("cosine", role="identity")
+    """Nesterov momentum of sgd (0: none) and of muon, for which 0.95 is usual. adam and adamw ignore it."""
+    schedule: str = setting("cosine", role="identity")
     """Learning rate after the warm-up. constant: stays at `lr`. cosine: decays to 0 at the end of train.epochs along half a
-    cosine."""
+    cosine. multistep: multiplied by `gamma` after each of the `milestones`. polynomial: `lr` x (1 - t)^`power`, where t goes
+    from 0 to 1 at the end of train.epochs. package.module:function: `lr` times the function's result (docs/extending.md)."""
+    milestones: list[int] = setting([], role="identity")
+    """[EPOCH, ...]: numbers of completed epochs after which multistep multiplies the learning rate by `gamma`."""
+    gamma: float = setting(0.1, above=0, below=1, role="identity")
+    """Factor of multistep."""
+    power: float = setting(1.0, above=0, role="identity")
+    """Exponent of polynomial. 1: the learning rate decays linearly."""
     warmup_epochs: float = setting(1.0, at_least=0, role="identity")
     """Number of epochs over which the learning rate rises linearly from 0 to `lr`. May be a fraction."""
     implementation: Literal["auto", "default", "foreach", "fused", "capturable"] = "auto"
-    """Which of PyTorch's implementations computes the optimizer update. auto: fused, the fastest. capturable needs a GPU."""
+    """Which of PyTorch's implementations computes the optimizer update. auto: fused, the fastest. capturable needs a GPU. muon
+    ignores it."""
     step_clamp: StepClampConfig = field(default_factory=StepClampConfig)
+
+    def __post_init__(self) -> None:
+        if (self.schedule == "multistep") != bool(self.milestones):
+            raise UserError(
+                f"optim.milestones={self.milestones} does not fit optim.schedule={self.schedule}: expected [EPOCH, ...] with "
+                f"multistep, and [] with any other schedule"
+            )
+        if self.milestones and [0, *self.milestones] != sorted({0, *self.milestones}):
+            raise UserError(
+                f"optim.milestones={self.milestones} is out of range: expected numbers of epochs from 1 in increasing order"
+            )
 
 
 @dataclass(frozen=True)
@@ -269,6 +316,9 @@ class TrainConfig:
     max_steps: int | None = setting(None, at_least=1)
     """Step at which to end the run. The learning-rate schedule still spans `epochs`, so that a larger value continues the
     run. null: no limit."""
+    patience_epochs: int | None = setting(None, at_least=1)
+    """Number of epochs without a better validation accuracy after which the run ends early. Checked after each evaluation.
+    Needs data.val_images. null: the run does not end early."""
     global_batch_size: int = setting(512, at_least=1, role="identity")
     """Number of images per step (one optimizer update), over all ranks. Images per rank and gradient accumulation are derived
     from it and printed. The number of ranks cannot exceed it."""
@@ -392,7 +442,7 @@ class TrackingConfig:
     """Keyword arguments of the custom tracker: tracking.args.KEY=VALUE."""
     pictures_every: int | None = setting(10, at_least=1, role="non_result")
     """Number of epochs between evaluations that write images and precision-recall curves of the test set to TensorBoard. The
-    last evaluation also does. null: none, and no training images either."""
+    last epoch's also does. null: none, and no training images either."""
     histograms_every: int | None = setting(None, at_least=1, role="non_result")
     """Number of steps between histograms of weights and gradients in TensorBoard. null: none."""
     graph: bool = setting(False, role="non_result")
@@ -435,6 +485,11 @@ class Config:
     def __post_init__(self) -> None:
         for each in fields():
             each.check(get(self, each.key))
+        if self.train.patience_epochs is not None and not self.data.val_images:
+            raise UserError(
+                f"train.patience_epochs={self.train.patience_epochs} needs validation images, found data.val_images=0: set "
+                f"data.val_images, or remove train.patience_epochs"
+            )
         if self.train.reproducible:
             if self.train.compile != "off":
                 raise UserError(

@@ -1,6 +1,7 @@
 """The config as text: values from YAML and back, `key=value` arguments, and the text of `--help`."""
 
 import contextlib
+import dataclasses
 import math
 import re
 import textwrap
@@ -150,4 +151,6 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(map(str, options))
     if typing.get_origin(annotation) is types.UnionType:
         return f"{_type_name(options[0])} or null"
-    return f"[{options[0].__name__}, ...]" if options else str(annotation.__name__)
+    if dataclasses.is_dataclass(annotation):
+        return f"{{{', '.join(f'{name}: {_type_name(kind)}' for name, kind in typing.get_type_hints(annotation).items())}}}"
+    return f"[{_type_name(options[0])}, ...]" if options else str(annotation.__name__)

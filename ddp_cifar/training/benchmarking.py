@@ -148,7 +148,7 @@ def summarize(
         "matrix_flops_per_s": statistics.median(rates[best]),
         "utilisation": flops * ratio("training", best),
         "computation_utilisation": flops * ratio("computation", best),
-        "gradient_bytes": sum(parameter.numel() * 4 for parameter in trainer.model.parameters()),
+        "gradient_bytes": sum(p.numel() * 4 for p in trainer.model.parameters() if p.requires_grad),
         "peak_memory": memory,
         "warm_up_s": warm_up_s,
         "rates": rates,

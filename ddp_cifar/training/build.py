@@ -28,6 +28,7 @@ from ddp_cifar.seeding import derive_seed
 from ddp_cifar.training.evaluation import Evaluator
 from ddp_cifar.training.loss import TrainingLoss, class_weights, loss_function
 from ddp_cifar.training.optim import build_optimizer
+from ddp_cifar.training.parameters import describe_groups, freeze
 from ddp_cifar.training.precision import pick_precision
 from ddp_cifar.training.progress import Progress
 from ddp_cifar.training.step import TrainStep
@@ -110,6 +111,7 @@ def build_trainer(
 
     torch.manual_seed(derive_seed("init", config.seed))
     model = build_model(config.model, num_classes, image_shape, device)
+    frozen = freeze(model, config.model.freeze)
     check_micro_batches(config, plan, model, dataset)
     if init is not None:
         source = source_of_weights(config.model)
@@ -130,6 +132,8 @@ def build_trainer(
     log.info(
         f"{config.model.name}: {parameters:,} parameters, {precision}, device {device.type}, backend {world.backend}{threads}"
     )
+    if frozen:
+        log.info(frozen)
     for line in (str(plan), *advice(config.train, plan, on_gpus=device.type == "cuda")):
         log.info(line)
 
@@ -147,12 +151,15 @@ def build_trainer(
         EvalLoader(split, normalization, channels_last, device) if split else None
         for split in (dataset.val, dataset.test)
     )
+    optimizer = build_optimizer(model, config.optim)
+    if len(optimizer.param_groups) > 1:
+        log.info(f"parameter groups: {describe_groups(optimizer.param_groups)}")
     step = TrainStep(
         config,
         world,
         plan,
         model,
-        build_optimizer(model, config.optim),
+        optimizer,
         loss=TrainingLoss(config.train, weights if weights is None else weights.to(device)),
         precision=precision,
         image_shape=image_shape,

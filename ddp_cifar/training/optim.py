@@ -1,9 +1,9 @@
-"""The optimizers, the learning rate as a function of the step, and the clamp on Adam's step count."""
+"""The optimizers, and their state in a checkpoint."""
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +12,27 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from ddp_cifar.config import OptimConfig
 from ddp_cifar.errors import UserError
 from ddp_cifar.registry import call, is_user_defined, resolve
-
-Parameters = Iterable[nn.Parameter]
+from ddp_cifar.training.parameters import parameter_groups
 
 Implementation = dict[str, Any]
 """torch's options foreach, fused and capturable, each True or False."""
 
 
-def adam(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
-    return Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, **implementation, **config.args)
+def adam(model: nn.Module, config: OptimConfig, implementation: Implementation) -> Optimizer:
+    return Adam(
+        parameter_groups(model, config), lr=config.lr, weight_decay=config.weight_decay, **implementation, **config.args
+    )
 
 
-def adamw(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
-    return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, **implementation, **config.args)
+def adamw(model: nn.Module, config: OptimConfig, implementation: Implementation) -> Optimizer:
+    return AdamW(
+        parameter_groups(model, config), lr=config.lr, weight_decay=config.weight_decay, **implementation, **config.args
+    )
 
 
-def sgd(parameters: Parameters, config: OptimConfig, implementation: Implementation) -> Optimizer:
+def sgd(model: nn.Module, config: OptimConfig, implementation: Implementation) -> Optimizer:
     optimizer = SGD(
-        parameters,
+        parameter_groups(model, config),
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.momentum > 0,
@@ -39,16 +42,19 @@ def sgd(parameters: Parameters, config: OptimConfig, implementation: Implementat
     )
     if config.momentum > 0:
         # zeros mean no momentum yet; the fused kernel would leave the buffers uninitialized if fp16 skips the first update
-        for parameter in optimizer.param_groups[0]["params"]:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Return the optimizer that `config` names, over all of the model's parameters.
+    """Return the optimizer that `config` names, over all of the model's parameters, in the groups of `config`.
 
     A user-defined optimizer is called with the parameters, `lr`, `weight_decay` and `config.args`. It chooses its own kernels.
-    Raises `UserError` if the device cannot run `config.implementation`, or if the optimizer does not accept its arguments.
+    Raises `UserError` if the device cannot run `config.implementation`, if the optimizer does not accept its arguments, or if
+    a group has no parameters.
     """
     function = resolve("optim.name", config.name)
     if is_user_defined(config.name):
@@ -61,23 +67,33 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     name = "fused" if config.implementation == "auto" else config.implementation
     implementation = {"foreach": name == "foreach", "fused": name == "fused", "capturable": name == "capturable"}
     try:
-        built: Optimizer = function(model.parameters(), config, implementation)
+        built: Optimizer = function(model, config, implementation)
         return built
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"optim.name={config.name} does not accept optim.args={config.args} ({error})") from error
 
 
 def _build_user_defined(function: Callable[..., Optimizer], model: nn.Module, config: OptimConfig) -> Optimizer:
+    is_grouped = bool(config.groups) or not config.decay_norm_bias
+    parameters: list[Any] = parameter_groups(model, config) if is_grouped else list(model.parameters())
     # decided by the argument's name: most optimizers accept only tensors, and a trial call would hide their errors
-    wants_names = _first_argument(function) == "named_parameters"
-    parameters = list(model.named_parameters() if wants_names else model.parameters())
+    if _first_argument(function) == "named_parameters":
+        if is_grouped:
+            raise UserError(
+                f"optim.name={config.name} makes its own groups from named_parameters; remove optim.groups and "
+                f"optim.decay_norm_bias, or use an optimizer whose first argument has another name"
+            )
+        parameters = list(model.named_parameters())
     arguments = {"lr": config.lr, "weight_decay": config.weight_decay} | config.args
     try:
         optimizer = call("optim.name", config.name, function, parameters, **arguments)
     except UserError:
         raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optim.name={config.name} does not accept {arguments} ({error})") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        found = f"{'parameter groups with ' if is_grouped else ''}{arguments}"
+        raise UserError(f"optim.name={config.name} does not accept {found} ({error})") from error
     if not isinstance(optimizer, Optimizer):
         found = type(optimizer).__name__
         raise UserError(f"optim.name={config.name} returned a {found}, expected a torch.optim.Optimizer")
@@ -140,19 +156,6 @@ def _check_groups(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str,
         )
 
 
-def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: Literal["constant", "cosine"]) -> float:
-    """Return the factor on the peak learning rate for the update after `step` completed ones.
-
-    The factor rises linearly over the first `warmup_steps` updates, from 1 / `warmup_steps`. Then it stays at 1, or falls
-    along half a cosine, (1 + cos(pi t)) / 2, to 0 at `total_steps` (Loshchilov and Hutter, SGDR, 2017).
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    return (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps))) / 2
-
-
 def effective_lr(optimizer: Optimizer) -> float | None:
     """Return Adam's learning rate with bias correction for the first parameter group.
 
@@ -167,58 +170,3 @@ def effective_lr(optimizer: Optimizer) -> float | None:
     lr = float(group["lr"])
     correction: float = math.sqrt(1 - beta2**step) / (1 - beta1**step)
     return lr * correction
-
-
-class AdamStepClamp:
-    """Keeps Adam's own step count below `limit` while `active`: a count that reaches the limit is reset to `reset_to`.
-
-    The original script does this between `backward` and `step`. This hook runs before every `step`, and works with all of
-    torch's Adam implementations. Each count changes on its device, so nothing waits. The count is part of the optimizer's
-    state, so it is correct after a resume.
-    """
-
-    def __init__(self, optimizer: Optimizer, limit: int, reset_to: int) -> None:
-        self.limit = limit
-        self.reset_to = reset_to
-        self.active = False
-        optimizer.register_step_pre_hook(self._clamp)
-
-    def _clamp(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self.active:
-            return
-        for state in optimizer.state.values():
-            # the original script assigns an int, `state["step"] = 1000`; torch now requires a tensor
-            state["step"].masked_fill_(state["step"] >= self.limit, self.reset_to)
-
-
-class Schedule:
-    """Sets the learning rates, and activates the clamp, before each update.
-
-    The schedule multiplies the initial learning rate of each parameter group. It reads the initial rates when it is built, so
-    build it before the optimizer loads a checkpoint: a checkpoint has the `lr` of the step at which it was saved.
-    """
-
-    def __init__(self, optimizer: Optimizer, config: OptimConfig, *, steps_per_epoch: int, epochs: int) -> None:
-        self.optimizer = optimizer
-        self.config = config
-        # torch's schedulers store it in `initial_lr`; stored here, as checkpoints of built-in optimizers lack that key
-        self.initial_lrs = [
-            float(group.get("initial_lr", group.get("lr", config.lr))) for group in optimizer.param_groups
-        ]
-        self.total_steps = epochs * steps_per_epoch
-        self.warmup_steps = round(config.warmup_epochs * steps_per_epoch)
-        self.clamp_after_step = config.step_clamp.after_epoch * steps_per_epoch
-        self.clamp: AdamStepClamp | None = None
-        if config.step_clamp.enabled and isinstance(optimizer, Adam):  # AdamW inherits from Adam
-            self.clamp = AdamStepClamp(optimizer, config.step_clamp.limit, config.step_clamp.reset_to)
-
-    def before_step(self, step: int) -> float:
-        """Prepare the optimizer for the update after `step` completed ones; return the first group's learning rate."""
-        factor = lr_factor(
-            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, schedule=self.config.schedule
-        )
-        for group, initial_lr in zip(self.optimizer.param_groups, self.initial_lrs, strict=True):
-            group["lr"] = initial_lr * factor
-        if self.clamp:
-            self.clamp.active = step >= self.clamp_after_step
-        return self.initial_lrs[0] * factor

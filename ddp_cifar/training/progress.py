@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ddp_cifar.config import TrainConfig
+from ddp_cifar.config import Config
 from ddp_cifar.data.dataset import is_same_data
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
@@ -70,10 +70,18 @@ class Progress:
             self.step_in_epoch = 0
             self.train = self.window = Totals()
 
-    def is_finished(self, train: TrainConfig) -> bool:
-        """True if `train` requires no further step and the last step has been evaluated."""
+    def is_finished(self, config: Config) -> bool:
+        """True if `config` requires no further step and the last step has been evaluated."""
+        train = config.train
         enough = self.epoch >= train.epochs or (train.max_steps is not None and self.step >= train.max_steps)
-        return enough and not self.evaluating
+        return not self.evaluating and (enough or self.ends_early(config))
+
+    def ends_early(self, config: Config) -> bool:
+        """True if the last evaluation was at least `train.patience_epochs` epochs after the best one."""
+        patience, is_evaluated = config.train.patience_epochs, self.epoch % config.eval.every == 0
+        if patience is None or self.best_step is None or self.step_in_epoch or not is_evaluated:
+            return False
+        return (self.step - self.best_step) * self.epoch >= patience * self.step  # an epoch has step / epoch steps
 
     def state_dict(self) -> State:
         return dataclasses.asdict(self)

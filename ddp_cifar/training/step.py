@@ -29,8 +29,9 @@ from ddp_cifar.seeding import seed_dropout
 from ddp_cifar.training.buffers import BufferMean, sum_rows
 from ddp_cifar.training.loss import TrainingLoss
 from ddp_cifar.training.metrics import TrainMetrics
-from ddp_cifar.training.optim import Schedule, averages_weights, effective_lr, load_optimizer_state, start_training
+from ddp_cifar.training.optim import averages_weights, effective_lr, load_optimizer_state, start_training
 from ddp_cifar.training.precision import autocast
+from ddp_cifar.training.schedule import Schedule
 from ddp_cifar.training.tree_sum import TreeReduction
 
 

@@ -117,7 +117,7 @@ class Trainer:
         reason = ""
         try:
             try:
-                while not self.progress.is_finished(self.config.train):
+                while not self.progress.is_finished(self.config):
                     self.train_epoch()
                     self.end_epoch()
             except Stopped as stopped:
@@ -175,11 +175,13 @@ class Trainer:
         log.info(epoch_line(row, "" if is_whole else f" (to step {progress.step})"))
         if logits is not None:
             self.dashboard.show_evaluation(logits, progress.step)
+        progress.end_epoch(is_whole=is_whole)
+        if not is_last and progress.ends_early(config):
+            is_last = True
+            log.info(f"ending early: no better validation accuracy since step {progress.best_step}")
         if is_last:
             self.dashboard.show_projector(self.evaluator.model, self.train_loader.normalization, progress.step)
-        progress.end_epoch(is_whole=is_whole)
-        if is_last:  # no later exchange would compare the last fingerprints
-            self.fail_if_diverged(self.ranks.compare_now())
+            self.fail_if_diverged(self.ranks.compare_now())  # no later exchange compares the last fingerprints
         if is_last or is_best or self.save_due or due(number, config.checkpoint.every_epochs):
             self.save()
 

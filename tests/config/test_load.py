@@ -13,6 +13,7 @@ from helpers import config_of
 
 from ddp_cifar.config import (
     Config,
+    GroupConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
@@ -21,6 +22,7 @@ from ddp_cifar.config import (
     flatten,
     help_text,
     keys_with_role,
+    load_config,
     to_dict,
     to_yaml,
 )
@@ -138,6 +140,14 @@ def test_the_config_round_trips_through_yaml() -> None:
     assert yaml.safe_load(to_yaml(Config())) == to_dict(Config())
 
 
+def test_parameter_groups_round_trip_through_a_file_and_a_checkpoint(tmp_path: Path) -> None:
+    config = config_of('optim.groups=[{match: "*.bias", weight_decay: 0}, {match: conv_layer.*, lr_factor: 1e-1}]')
+    assert config.optim.groups == [GroupConfig("*.bias", weight_decay=0.0), GroupConfig("conv_layer.*", lr_factor=0.1)]
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert config_of(str(tmp_path / "again.yaml")).optim == config.optim
+    assert load_config([], base=to_dict(config)).optim == config.optim
+
+
 LOOKS = [
     ("3", 3),
     ("-1.5", -1.5),
@@ -196,7 +206,8 @@ def test_an_argument_with_an_equals_sign_that_names_a_file_is_the_config_file(tm
 IDENTITY = """
 seed data.name data.args data.image_size data.channels data.mean data.std data.oversample data.val_images
 data.shapes.train_images data.shapes.test_images data.shapes.seed
-model.name model.args optim.name optim.args optim.lr optim.weight_decay optim.momentum optim.schedule optim.warmup_epochs
+model.name model.args model.freeze optim.name optim.args optim.lr optim.weight_decay optim.decay_norm_bias optim.groups
+optim.momentum optim.schedule optim.milestones optim.gamma optim.power optim.warmup_epochs
 optim.step_clamp.enabled optim.step_clamp.after_epoch optim.step_clamp.limit optim.step_clamp.reset_to
 train.global_batch_size train.micro_batch_size train.loss train.label_smoothing train.class_weights train.ema_decay
 augment.crop_padding augment.flip augment.cutout augment.name augment.args augment.dtype augment.mixup augment.cutmix

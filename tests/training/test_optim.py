@@ -1,7 +1,6 @@
-"""The optimizers, the learning rate as a function of the step, and the clamp."""
+"""The optimizers, their parameter groups, and their state in a checkpoint."""
 
 import copy
-import io
 import math
 import re
 import sys
@@ -10,54 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import config_of
 from launched import CHECKOUT
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ddp_cifar.config import OptimConfig, StepClampConfig
+from ddp_cifar.config import OptimConfig
 from ddp_cifar.errors import UserError
 from ddp_cifar.run.checkpoint_file import digest
-from ddp_cifar.training.optim import (
-    AdamStepClamp,
-    Schedule,
-    build_optimizer,
-    effective_lr,
-    load_optimizer_state,
-    lr_factor,
-)
-
-
-def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
-    factors = [lr_factor(step, total_steps=12, warmup_steps=4, schedule="cosine") for step in range(13)]
-    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert factors[8] == pytest.approx(0.5)
-    assert factors[12] == pytest.approx(0.0)
-    assert factors[4:] == sorted(factors[4:], reverse=True)
-
-
-def test_a_constant_learning_rate_does_not_change() -> None:
-    assert {lr_factor(step, total_steps=5, warmup_steps=0, schedule="constant") for step in range(9)} == {1.0}
-
-
-@pytest.mark.parametrize(
-    "implementation", ["default", "foreach", "fused", pytest.param("capturable", marks=pytest.mark.gpu)]
-)
-def test_the_clamp_limits_adams_step_count(implementation: str) -> None:
-    device = "cuda" if implementation == "capturable" else "cpu"
-    model = nn.Linear(2, 2, device=device)
-    optimizer = build_optimizer(model, OptimConfig(implementation=implementation))  # type: ignore[arg-type]
-    clamp = AdamStepClamp(optimizer, limit=5, reset_to=3)
-
-    def step() -> float:
-        model(torch.ones(1, 2, device=device)).sum().backward()
-        optimizer.step()
-        counts = {float(state["step"]) for state in optimizer.state.values()}
-        assert len(counts) == 1
-        return counts.pop()
-
-    assert [step() for _ in range(7)] == [1, 2, 3, 4, 5, 6, 7], "not active"
-    clamp.active = True
-    assert [step() for _ in range(6)] == [4, 5, 4, 5, 4, 5]
+from ddp_cifar.training.optim import build_optimizer, effective_lr, load_optimizer_state
+from ddp_cifar.training.schedule import Schedule
 
 
 def test_the_effective_learning_rate_is_the_size_of_an_update_with_equal_gradients() -> None:
@@ -92,64 +53,12 @@ def test_an_optimizer_without_adams_step_count_has_no_effective_learning_rate() 
     assert effective_lr(sgd) is None
 
 
-def test_the_clamp_is_correct_after_a_resume() -> None:
-    def build() -> tuple[nn.Linear, torch.optim.Optimizer]:
-        torch.manual_seed(0)
-        model = nn.Linear(2, 2)
-        optimizer = build_optimizer(model, OptimConfig())
-        AdamStepClamp(optimizer, limit=5, reset_to=3).active = True
-        return model, optimizer
-
-    def step(model: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad()
-        model(torch.ones(1, 2)).square().sum().backward()
-        optimizer.step()
-
-    model, optimizer = build()
-    for _ in range(4):
-        step(model, optimizer)
-    saved = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict()], saved)
-    saved.seek(0)
-    again, resumed = build()
-    weights, state = torch.load(saved)
-    again.load_state_dict(weights)
-    resumed.load_state_dict(copy.deepcopy(state))
-    for _ in range(5):
-        step(model, optimizer)
-        step(again, resumed)
-    assert torch.equal(model.weight, again.weight)
-
-
 def test_a_resume_keeps_this_runs_implementation() -> None:
     model = nn.Linear(2, 2)
     saved = build_optimizer(model, OptimConfig(implementation="fused")).state_dict()
     optimizer = build_optimizer(model, OptimConfig(implementation="foreach"))
     load_optimizer_state(optimizer, saved)
     assert (optimizer.param_groups[0]["foreach"], optimizer.param_groups[0]["fused"]) == (True, False)
-
-
-def test_the_schedule_converts_epochs_to_steps() -> None:
-    config = OptimConfig(
-        lr=2.0, schedule="constant", warmup_epochs=0.5, step_clamp=StepClampConfig(after_epoch=3, limit=5, reset_to=3)
-    )
-    optimizer = build_optimizer(nn.Linear(2, 2), config)
-    schedule = Schedule(optimizer, config, steps_per_epoch=10, epochs=4)
-    assert [schedule.before_step(step) for step in (0, 4, 5, 39)] == [0.4, 2.0, 2.0, 2.0]
-    assert optimizer.param_groups[0]["lr"] == 2.0
-    assert isinstance(optimizer, Adam)
-    assert schedule.clamp is not None
-    active = []
-    for step in (29, 30):
-        schedule.before_step(step)
-        active.append(schedule.clamp.active)
-    assert active == [False, True]
-
-
-def test_sgd_has_no_clamp() -> None:
-    config = OptimConfig(name="sgd")
-    optimizer = build_optimizer(nn.Linear(2, 2), config)
-    assert Schedule(optimizer, config, steps_per_epoch=1, epochs=1).clamp is None
 
 
 def decay_matrices_only(named_parameters: Any, lr: float, weight_decay: float, bias_lr: float = 1.0) -> Optimizer:
@@ -250,14 +159,6 @@ def test_a_checkpoint_with_different_parameter_groups_is_rejected() -> None:
         load_optimizer_state(optimizer, swapped)
 
 
-def test_the_initial_learning_rate_is_read_through_an_attached_torch_scheduler() -> None:
-    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1)
-    assert optimizer.param_groups[0]["lr"] == 0.05
-    config = OptimConfig(schedule="constant")
-    assert Schedule(optimizer, config, steps_per_epoch=1, epochs=1).before_step(0) == 0.5
-
-
 @pytest.mark.parametrize("name", ["test_optim:TensorsOnly", "torch.optim:SGD", "torch.optim:Muon"])
 def test_an_optimizer_without_an_argument_named_parameters_gets_tensors(name: str) -> None:
     model = nn.Linear(2, 2, bias=False)
@@ -274,3 +175,104 @@ def test_the_checkpoint_format_of_built_in_optimizers_does_not_change(name: str)
     (group,) = optimizer.state_dict()["param_groups"]
     assert group.keys() == expected
     assert not {"param_names", "initial_lr"} & group.keys()
+
+
+def grouped(*arguments: str) -> list[tuple[list[str], float, float]]:
+    """The names, learning rate and weight decay of each group of a small network's optimizer."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, config_of("optim.lr=0.5", "optim.weight_decay=0.25", *arguments).optim)
+    return [
+        ([names[id(parameter)] for parameter in group["params"]], group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+    ]
+
+
+BIASES = 'optim.groups=[{match: "0.*", lr_factor: 0.5}, {match: "*.bias", weight_decay: 0}]'
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "torch.optim:RMSprop"])
+def test_parameters_are_grouped_by_the_first_pattern_that_matches(name: str) -> None:
+    assert grouped(f"optim.name={name}", BIASES) == [
+        (["1.weight", "3.weight"], 0.5, 0.25),
+        (["0.weight", "0.bias"], 0.25, 0.25),
+        (["1.bias", "3.bias"], 0.5, 0.0),
+    ]
+
+
+def test_norm_layers_and_biases_can_be_exempt_from_weight_decay() -> None:
+    exempt = "optim.decay_norm_bias=false"
+    assert grouped(exempt) == [
+        (["0.weight", "3.weight"], 0.5, 0.25),
+        (["0.bias", "1.weight", "1.bias", "3.bias"], 0.5, 0.0),
+    ]
+    sections = 'optim.groups=[{match: "0.*", lr_factor: 0.5}, {match: "1.*", weight_decay: 0.125}]'
+    assert grouped(exempt, sections) == [
+        (["3.weight"], 0.5, 0.25),
+        (["3.bias"], 0.5, 0.0),
+        (["0.weight"], 0.25, 0.25),
+        (["0.bias"], 0.25, 0.0),
+        (["1.weight", "1.bias"], 0.5, 0.125),
+    ]
+
+
+def test_each_group_keeps_its_factor_under_the_schedule_also_after_a_resume() -> None:
+    config = config_of("optim.name=sgd", "optim.lr=0.5", BIASES).optim
+    model, optimizer, schedule = built(config)
+    assert schedule.before_step(1) == 0.25, "the learning rate of the parameters without a section, at half the warm-up"
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.125, 0.25]
+    train(model, optimizer, schedule, range(2))
+    again, resumed, resumed_schedule = built(config)
+    again.load_state_dict(model.state_dict())
+    load_optimizer_state(resumed, copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, schedule, range(2, 8))
+    train(again, resumed, resumed_schedule, range(2, 8))
+    assert digest(optimizer.state_dict()["state"]) == digest(resumed.state_dict()["state"])
+    assert digest(dict(model.state_dict())) == digest(dict(again.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ['optim.groups=[{match: "conv.*"}]'],
+            "optim.groups: the pattern conv.* matches no parameter; the model has 0.",
+        ),
+        (
+            ['optim.groups=[{match: "*"}, {match: "0.*"}]'],
+            "earlier patterns match all parameters that 0.* matches; move",
+        ),
+        (
+            ["optim.groups=[{match: a, lr: 1}]"],
+            "expected [{match: str, lr_factor: float, weight_decay: float or null}, ..",
+        ),
+        (["optim.groups=[{match: a, lr_factor: fast}]"], "has the wrong type: expected [{match: str, "),
+        (["optim.groups=[a]"], "optim.groups=['a'] has the wrong type: expected [{match: str, "),
+        (["optim.groups=a"], "optim.groups=a has the wrong type: expected [{match: str, "),
+        (
+            ["optim.groups=[{lr_factor: 1}]"],
+            "optim.groups.match='' is out of range: expected a pattern of parameter names",
+        ),
+        (
+            ["optim.groups=[{match: a, lr_factor: 0}]"],
+            "optim.groups.lr_factor=0.0 is out of range: expected a number above",
+        ),
+        (
+            ["optim.groups=[{match: a, weight_decay: -1}]"],
+            "optim.groups.weight_decay=-1.0 is out of range: expected 0 or",
+        ),
+        (
+            ["optim.name=test_optim:decay_matrices_only", "optim.decay_norm_bias=false"],
+            "makes its own groups from named_parameters; remove optim.groups and optim.decay_norm_bias",
+        ),
+        (
+            ["optim.name=test_optim:TensorsOnly", BIASES],
+            "TensorsOnly does not accept parameter groups with {'lr': 0.5, 'weight_decay': 0.25} ('dict' object has no",
+        ),
+    ],
+)
+def test_a_mistake_in_the_groups_gives_one_line(arguments: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        grouped(*arguments)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)

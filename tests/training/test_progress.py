@@ -1,8 +1,8 @@
 """The progress of a run: step counts, and its state in a checkpoint."""
 
 import pytest
+from helpers import config_of
 
-from ddp_cifar.config import TrainConfig
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
 from ddp_cifar.training.progress import Progress
@@ -17,7 +17,28 @@ def test_the_last_step_of_an_epoch_starts_its_evaluation() -> None:
         found.append((progress.step, progress.step_in_epoch, progress.evaluating))
     assert found == [(11, 1, False), (12, 2, False), (13, 3, True)]
     assert progress.state_dict()["evaluating"] is True
-    assert not progress.is_finished(TrainConfig(epochs=2, max_steps=13)), "its evaluation is not done"
+    config = config_of("train.epochs=2", "train.max_steps=13")
+    assert not progress.is_finished(config), "its evaluation is not done"
+    progress.end_epoch(is_whole=True)
+    assert progress.is_finished(config)
+
+
+def test_a_run_ends_early_if_the_last_evaluation_is_patience_epochs_after_the_best_one() -> None:
+    """With five steps per epoch."""
+
+    def ends(epoch: int, best_step: int | None, *arguments: str, step_in_epoch: int = 0) -> bool:
+        progress = Progress(epoch=epoch, step=5 * epoch + step_in_epoch, best_step=best_step)
+        progress.step_in_epoch = step_in_epoch
+        config = config_of("data.val_images=10", "train.patience_epochs=3", *arguments)
+        assert progress.is_finished(config) == progress.ends_early(config)
+        return progress.ends_early(config)
+
+    assert [ends(epoch, 10) for epoch in (2, 3, 4, 5, 6)] == [False, False, False, True, True]
+    assert not ends(5, 10, step_in_epoch=2)
+    assert not ends(5, None), "resumed from the checkpoint of another run, and not yet evaluated"
+    assert not ends(5, 10, "train.patience_epochs=null")
+    assert [ends(epoch, 10, "eval.every=2") for epoch in (5, 6)] == [False, True], "epoch 5 has no evaluation"
+    assert [ends(epoch, 12) for epoch in (5, 6)] == [False, True], "the best evaluation was at train.max_steps"
 
 
 def test_a_checkpoint_contains_every_field() -> None:

@@ -1,6 +1,7 @@
 """The training loop: equal to the original script's, equal on any number of ranks, exact after a resume."""
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -274,8 +275,10 @@ def test_the_best_checkpoint_is_chosen_by_validation_accuracy(alone: World, tmp_
 
 
 def stop_and_resume_all_states(world: World) -> tuple[str, str]:
-    """Like `stop_and_resume`, with all components that have a state."""
-    arguments = (*RESUMED, "precision=fp16", "train.ema_decay=0.9", "train.label_smoothing=0.1", "optim.name=adamw")
+    """Like `stop_and_resume`, with all components that have a state, frozen layers and parameter groups."""
+    frozen = ("model.freeze=[conv_layer.0.*, conv_layer.1.*]", "optim.groups=[{match: conv_layer.*, lr_factor: 0.5}]")
+    more = ("precision=fp16", "train.ema_decay=0.9", "train.label_smoothing=0.1", "optim.name=adamw")
+    arguments = (*RESUMED, *frozen, *more)
     dataset = random_dataset(70, image_size=8)
     uninterrupted = make_trainer(world, config_of(*arguments), dataset)
     uninterrupted.fit()
@@ -291,3 +294,30 @@ def stop_and_resume_all_states(world: World) -> tuple[str, str]:
 def test_averaged_weights_and_scaler_resume_bitwise_identical(ranks: RankPool) -> None:
     for uninterrupted, resumed in ranks.run(stop_and_resume_all_states, 2):
         assert resumed == uninterrupted
+
+
+CONSTANT = (
+    "model.name=tiny",
+    "model.freeze=[1.*, 5.*]",
+    "optim.lr=1e-12",
+    "train.global_batch_size=16",
+    "train.epochs=9",
+)
+"""A run whose validation accuracy does not change."""
+
+
+def test_a_run_ends_early_without_a_better_validation_accuracy_also_after_a_resume(alone: World) -> None:
+    config = config_of(*CONSTANT, "data.val_images=20", "train.patience_epochs=2")
+    dataset = random_dataset(68, val=20)  # 3 steps per epoch
+    whole = make_trainer(alone, config, dataset)
+    assert whole.fit() == ""
+    assert (whole.progress.epoch, whole.progress.step, whole.progress.best_step) == (3, 9, 3)
+    assert whole.progress.is_finished(config)
+    first = make_trainer(
+        alone, dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=6)), dataset
+    )
+    first.fit()
+    second = make_trainer(alone, config, dataset)
+    second.load_state_dict(first.state_dict(), "the first half")
+    second.fit()
+    assert digest(second.state_dict()) == digest(whole.state_dict())
