@@ -1,9 +1,9 @@
 """Classify images with a trained network: `[torchrun ...] python -m ddp_cifar.predict CHECKPOINT IMAGE|FOLDER ...`.
 
-Writes one row per file, as CSV or JSON lines: the likeliest class, and the probability of every class or, with --top-k, of the K
-likeliest. Images may have any size and mode; they are converted as by data.name=imagefolder. Folders are searched recursively. A
-file that cannot be decoded causes a warning and has the error in its row; the other files are not affected. Rows are written
-batch by batch, in the order of the files.
+Writes one row per file, as CSV or JSON lines: the most likely class and the probability of every class, or of the K most likely
+ones with --top-k. Images may have any size and mode; they are converted as by data.name=imagefolder. Folders are searched
+recursively. A file that cannot be decoded causes a warning and has the error in its row; the other files are not affected. Rows
+are written batch by batch, in the order of the files.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("paths", metavar="IMAGE|FOLDER", nargs="+", type=Path)
     parser.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="CSV or JSON lines (default: csv)")
     parser.add_argument("--output", type=Path, help="write to this file (default: stdout)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="write only the K likeliest classes, likeliest first")
+    parser.add_argument("--top-k", type=int, metavar="K", help="write only the K most likely classes (default: all)")
     parser.add_argument("--mirror", action="store_true", help="average the logits of each image and its mirror image")
     parser.add_argument("--batch-size", type=int, default=500, help="images per forward pass (default: 500)")
     parser.add_argument(

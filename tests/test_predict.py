@@ -40,7 +40,7 @@ def test_rows_are_in_the_order_of_the_files_on_any_number_of_ranks(ranks: RankPo
     assert [name for name, row in zip(names, rows, strict=True) if row["error"]] == ["bee/1.png"]
 
 
-def test_top_k_writes_the_likeliest_classes_in_both_formats(alone: World, checkpoint: Path) -> None:
+def test_top_k_writes_the_most_likely_classes_in_both_formats(alone: World, checkpoint: Path) -> None:
     complete = [json.loads(line) for line in predicted(alone, checkpoint, "--format", "jsonl").splitlines()]
     short = [
         json.loads(line) for line in predicted(alone, checkpoint, "--format", "jsonl", "--top-k", "2").splitlines()

@@ -22,17 +22,17 @@ Row = dict[str, Any]
 
 
 def add_predictions(rows: Sequence[Row], logits: Tensor, classes: Sequence[str], top_k: int | None = None) -> None:
-    """Add the class, and the probabilities of all classes or of the `top_k` likeliest, from (B, classes) logits to their rows."""
+    """Add predictions from (B, classes) logits to their rows: the class, and the probabilities of all or of `top_k` classes."""
     probabilities = logits.cpu().double().softmax(1)
     order = probabilities.argsort(
         dim=1, descending=True, stable=True
     )  # stable: of equal classes the first one, as argmax
-    for row, shares, likeliest in zip(rows, probabilities.tolist(), order[:, : top_k or 1].tolist(), strict=True):
-        row["class"] = classes[likeliest[0]]
+    for row, shares, best in zip(rows, probabilities.tolist(), order[:, : top_k or 1].tolist(), strict=True):
+        row["class"] = classes[best[0]]
         if top_k is None:
             row["probabilities"] = dict(zip(classes, shares, strict=True))
         else:
-            row["top"] = [{"class": classes[i], "probability": shares[i]} for i in likeliest]
+            row["top"] = [{"class": classes[i], "probability": shares[i]} for i in best]
 
 
 def prediction_columns(classes: Sequence[str], top_k: int | None) -> list[str]:
