@@ -1,4 +1,4 @@
-"""The file formats of an exported network, ONNX and torch.export's: write, read and compare."""
+"""The file formats of an exported network, ONNX, torch.export's and safetensors: write, read and compare."""
 
 import logging
 import warnings
@@ -6,43 +6,94 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
 
+from ddp_cifar.config import Config
+from ddp_cifar.data import build_dataset
 from ddp_cifar.data.augment import normalize
-from ddp_cifar.data.dataset import Split
+from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import UserError, first_line
-from ddp_cifar.inference import TrainedNetwork
+from ddp_cifar.inference import TrainedNetwork, check_classes, classes_and_image_size
+from ddp_cifar.log import log
+from ddp_cifar.run.checkpoint_file import digest
+from ddp_cifar.run.checkpoint_store import Loaded
+from ddp_cifar.run.resume import load_init
+from ddp_cifar.seeding import generator
 
+TOLERANCE = 1e-4
+"""Largest difference of a logit that rounding in another runtime explains."""
 BATCH = 64  # images per batch of the comparison; the last batch is smaller, which tests the dynamic batch size
 
 Network = Callable[[Tensor], Tensor]
 """(B, 3, S, S) uint8 -> (B, classes) float32."""
 
 
+def comparison_images(loaded: Loaded, config: Config, world: World, num_images: int) -> Tensor:
+    """Return the test split's first images, or random ones if data.root does not exist: (N, 3, S, S) uint8.
+
+    Raises `UserError` if the data in data.root cannot be read, or has other classes than the checkpoint.
+    """
+    root_exists = Path(config.data.root).exists()
+    try:
+        dataset = build_dataset(config.data, world)
+    except UserError:
+        if root_exists:
+            raise
+        log.warning(f"data.root={config.data.root} does not exist: comparing on {num_images} random images")
+        _, image_size = classes_and_image_size(loaded)
+        shape = (num_images, 3, image_size, image_size)
+        return torch.randint(256, shape, dtype=torch.uint8, generator=generator("export"))
+    check_classes(loaded, dataset.classes, config.data.name)
+    split = dataset.test or dataset.val or dataset.train
+    return split.images[split.sample_ids[:num_images]]
+
+
 @torch.inference_mode()
-def largest_difference(network: Network, model: nn.Module, split: Split, num_images: int) -> tuple[float, int]:
-    """Return the largest difference of a logit over the split's first images, and the number of these images."""
-    images = split.images[split.sample_ids[:num_images]]
+def compare_logits(read: Network, exported: TrainedNetwork, images: Tensor) -> str:
+    """Compare the logits of the network `read` from a file with the checkpoint's, and return the result in words.
+
+    Raises `UserError` if they differ by more than rounding.
+    """
     largest = 0.0
-    for batch in images.split(BATCH):
-        difference = (network(batch.contiguous()) - model(normalize(batch))).abs().max().item()
+    for batch in tqdm(images.split(BATCH), desc="comparing", unit="batch", leave=False, disable=None):
+        difference = (read(batch.contiguous()) - exported.network(normalize(batch))).abs().max().item()
         largest = difference if difference != difference else max(largest, difference)  # nan counts as the largest
         if largest != largest:
             break
-    return largest, len(images)
+    found = f"largest difference of a logit on {len(images)} images: {largest:.1e}"
+    if not largest <= TOLERANCE:
+        raise UserError(f"{found}, expected at most {TOLERANCE:g}")
+    return found
 
 
-def _program(exported: TrainedNetwork, image_size: int) -> torch.export.ExportedProgram:
+def compare_weights(path: Path, exported: TrainedNetwork) -> str:
+    """Compare the weights in a safetensors file, as model.init reads it, with the checkpoint's, and return the result in words.
+
+    Raises `UserError` if they are not bitwise identical.
+    """
+    read, expected = (
+        dict(sorted(weights.items())) for weights in (load_init(str(path)), exported.network.state_dict())
+    )
+    if digest(read) != digest(expected):
+        raise UserError(
+            "its weights differ from the checkpoint's, expected bitwise identical ones: is the disk faulty?"
+        )
+    return f"{len(read)} tensors, read back bitwise identical"
+
+
+def _program(exported: TrainedNetwork) -> torch.export.ExportedProgram:
     """Export the network as a graph with a dynamic batch size."""
-    example = torch.zeros(4, 3, image_size, image_size, dtype=torch.uint8)
+    example = torch.zeros(4, 3, exported.image_size, exported.image_size, dtype=torch.uint8)
     try:
         return torch.export.export(exported, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
     except Exception as error:  # torch.export raises many kinds
         raise UserError(f"torch.export cannot export the model: {first_line(error)}") from error
 
 
-def write_pt2(exported: TrainedNetwork, image_size: int, metadata: dict[str, str], path: Path) -> None:
-    torch.export.save(_program(exported, image_size), path, extra_files=dict(metadata))
+def write_pt2(exported: TrainedNetwork, metadata: dict[str, str], path: Path) -> None:
+    torch.export.save(_program(exported), path, extra_files=dict(metadata))
 
 
 def read_pt2(path: Path) -> Network:
@@ -50,7 +101,7 @@ def read_pt2(path: Path) -> Network:
     return module
 
 
-def write_onnx(exported: TrainedNetwork, image_size: int, metadata: dict[str, str], path: Path) -> None:
+def write_onnx(exported: TrainedNetwork, metadata: dict[str, str], path: Path) -> None:
     try:
         import onnx
         import onnxruntime  # noqa: F401 - used by the comparison; report it missing before the export
@@ -61,7 +112,7 @@ def write_onnx(exported: TrainedNetwork, image_size: int, metadata: dict[str, st
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter
         program = torch.onnx.export(
-            _program(exported, image_size), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+            _program(exported), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
         )
     assert program is not None
     proto = program.model_proto
@@ -77,8 +128,17 @@ def read_onnx(path: Path) -> Network:
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-FORMATS: dict[str, tuple[Callable[[TrainedNetwork, int, dict[str, str], Path], None], Callable[[Path], Network]]] = {
-    "onnx": (write_onnx, read_onnx),
-    "pt2": (write_pt2, read_pt2),
+def write_safetensors(exported: TrainedNetwork, metadata: dict[str, str], path: Path) -> None:
+    """Write the weights under their names in the network, which does not include the normalization."""
+    # copies, because safetensors rejects tensors that share memory
+    weights = {name: tensor.clone().contiguous() for name, tensor in exported.network.state_dict().items()}
+    path.write_bytes(save(weights, metadata))
+
+
+WRITERS: dict[str, Callable[[TrainedNetwork, dict[str, str], Path], None]] = {
+    "onnx": write_onnx,
+    "pt2": write_pt2,
+    "safetensors": write_safetensors,
 }
-"""Format name -> functions that write and read a file."""
+READERS: dict[str, Callable[[Path], Network]] = {"onnx": read_onnx, "pt2": read_pt2}
+"""The formats that contain the network; the others contain only its weights."""
