@@ -15,10 +15,11 @@ from ddp_cifar.distributed.world import World
 
 @pytest.fixture
 def checkpoint(alone: World, tmp_path: Path) -> Path:
-    """Classifies 16 x 16 images as ant, bee or cow. The images are in `images`, one of them broken."""
+    """Classifies 16 x 16 images as ant, bee or cow. The images are in `images`; two of them are broken."""
     root = write_tree(tmp_path / "images", per_class=4)
     save_untrained(tmp_path / "tiny.pt", alone, "data.name=imagefolder", f"data.root={root}", "data.image_size=16")
     (root / "test" / "bee" / "1.png").write_bytes(b"no image")
+    (root / "test" / "cow" / "9.jpg").symlink_to("/proc/self/mem")  # even root cannot read its first byte
     return tmp_path / "tiny.pt"
 
 
@@ -31,13 +32,17 @@ def predicted(world: World, checkpoint: Path, *options: str) -> str:
 
 
 def test_rows_are_in_the_order_of_the_files_on_any_number_of_ranks(ranks: RankPool, checkpoint: Path) -> None:
-    """12 files are three batches: on two ranks, one has two of them."""
+    """13 files are three batches: on two ranks, one has two of them."""
     texts = [ranks.run(predicted, size, checkpoint)[0] for size in (1, 2, 3)]
     assert len(set(texts)) == 1
     rows = list(csv.DictReader(texts[0].splitlines()))
-    names = [f"{name}/{i}.png" for name in ("ant", "bee", "cow") for i in range(4)]
+    names = [*(f"{name}/{i}.png" for name in ("ant", "bee", "cow") for i in range(4)), "cow/9.jpg"]
     assert [os.path.relpath(row["file"], checkpoint.parent / "images" / "test") for row in rows] == names
-    assert [name for name, row in zip(names, rows, strict=True) if row["error"]] == ["bee/1.png"]
+    errors = {name: row["error"] for name, row in zip(names, rows, strict=True) if row["error"]}
+    assert errors == {
+        "bee/1.png": "cannot identify image file",
+        "cow/9.jpg": "it cannot be read (Input/output error)",
+    }
 
 
 def test_top_k_writes_the_most_likely_classes_in_both_formats(alone: World, checkpoint: Path) -> None:

@@ -23,9 +23,10 @@ def find_image_files(folder: str | os.PathLike[str]) -> tuple[list[str], list[st
     images: list[str] = []  # strings: a Path takes several times the memory, and the time to make
     others: list[str] = []
     for parent, names in sorted(_folders(os.fspath(folder), ())):
+        prefix = os.path.join(parent, "").removeprefix("./")
         for name in sorted(names):
-            path = os.path.join(parent, name).removeprefix("./")
-            (images if _is_image(path) else others).append(path)
+            is_image = name[name.rfind(".") :].lower() in SUFFIXES or _has_image_content(prefix + name)
+            (images if is_image else others).append(prefix + name)
     return images, others
 
 
@@ -53,9 +54,7 @@ def _folders(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[
     yield folder, names
 
 
-def _is_image(path: str) -> bool:
-    if os.path.splitext(path)[1].lower() in SUFFIXES:
-        return True
+def _has_image_content(path: str) -> bool:
     if not os.path.isfile(path):  # a pipe would block
         return False
     try:
