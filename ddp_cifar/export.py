@@ -2,7 +2,7 @@
 
 An onnx or pt2 file has a network that maps images (B, 3, S, S) uint8, for any B, to logits (B, classes) float32; it includes the
 normalization. Before the file is written to its final name, it is loaded and compared with the checkpoint on images of the test
-split, or on random images if data.root does not exist; the largest difference is printed.
+split, or on random images if the data set cannot be read; the largest difference is printed.
 
 A safetensors file has only the weights: the averaged ones if the run has them. They are read back and must be bitwise identical.
 To start a run from them, use model.init=FILE.safetensors.

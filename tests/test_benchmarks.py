@@ -95,6 +95,7 @@ def test_the_startup_benchmark_compares_with_a_bare_script(shell: Shell, tmp_pat
     assert set(json.loads((tmp_path / "found.json").read_text())["rates"]) == {"ddp_cifar", "a bare script"}
 
 
+@pytest.mark.slow
 def test_the_predict_benchmark_reports_speed_memory_and_search(shell: Shell, tmp_path: Path) -> None:
     options = ("--rounds", "1", "--ranks", "1", "--files", "2", "70", "--json", str(tmp_path / "found.json"))
     done = shell(sys.executable, "benchmarks/predict.py", *options)

@@ -31,17 +31,14 @@ Network = Callable[[Tensor], Tensor]
 
 
 def comparison_images(loaded: Loaded, config: Config, world: World, num_images: int) -> Tensor:
-    """Return the test split's first images, or random ones if data.root does not exist: (N, 3, S, S) uint8.
+    """Return the test split's first images, or random ones if the data set cannot be read: (N, 3, S, S) uint8.
 
-    Raises `UserError` if the data in data.root cannot be read, or has other classes than the checkpoint.
+    Raises `UserError` if the data set has other classes than the checkpoint.
     """
-    root_exists = Path(config.data.root).exists()
     try:
         dataset = build_dataset(config.data, world)
-    except UserError:
-        if root_exists:
-            raise
-        log.warning(f"data.root={config.data.root} does not exist: comparing on {num_images} random images")
+    except UserError as error:
+        log.warning(f"comparing on {num_images} random images, because the data set cannot be read: {error}")
         _, image_size = classes_and_image_size(loaded)
         shape = (num_images, 3, image_size, image_size)
         return torch.randint(256, shape, dtype=torch.uint8, generator=generator("export"))
@@ -78,7 +75,7 @@ def compare_weights(path: Path, exported: TrainedNetwork) -> str:
     )
     if digest(read) != digest(expected):
         raise UserError(
-            "its weights differ from the checkpoint's, expected bitwise identical ones: is the disk faulty?"
+            "the weights read back differ from the checkpoint's, expected bitwise identical ones: try another disk"
         )
     return f"{len(read)} tensors, read back bitwise identical"
 

@@ -24,9 +24,8 @@ Row = dict[str, Any]
 def add_predictions(rows: Sequence[Row], logits: Tensor, classes: Sequence[str], top_k: int | None = None) -> None:
     """Add predictions from (B, classes) logits to their rows: the class, and the probabilities of all or of `top_k` classes."""
     probabilities = logits.cpu().double().softmax(1)
-    order = probabilities.argsort(
-        dim=1, descending=True, stable=True
-    )  # stable: of equal classes the first one, as argmax
+    # stable: of equally likely classes, the first one is the class, as for argmax
+    order = probabilities.argsort(dim=1, descending=True, stable=True)
     for row, shares, best in zip(rows, probabilities.tolist(), order[:, : top_k or 1].tolist(), strict=True):
         row["class"] = classes[best[0]]
         if top_k is None:
@@ -63,7 +62,7 @@ def write_evaluated(path: Path, form: str, split: Split, logits: Tensor, classes
 
 
 class Output:
-    """Writes rows batch by batch, on rank 0: CSV with the given columns, of which the last is for errors, or JSON lines.
+    """Writes rows batch by batch, on rank 0: CSV with the given columns (an error is in the last one), or JSON lines.
 
     Methods raise `UserError` if `path` cannot be written.
     """
