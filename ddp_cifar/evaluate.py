@@ -2,13 +2,19 @@
 
 CHECKPOINT is a checkpoint file, or a run_dir, whose newest valid checkpoint is used. The config is the checkpoint's;
 `key=value` changes it, for example data.root or eval.batch_size. Each image counts once on any number of ranks.
+
+--output writes one row per image, in the order of the split: its file, relative to data.root (its index, if the data set has no
+files), its label, the predicted class, and the probability of that class.
 """
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from ddp_cifar.command import Arguments, percent, run_command, writing
 from ddp_cifar.config import load_config
@@ -26,6 +32,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--mirror", action="store_true", help="average the logits of each image and its mirror image")
     parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--output", type=Path, help="write the prediction of each image to this file")
+    parser.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="of --output (default: csv)")
     parser.add_argument("--png", type=Path, help="plot the confusion matrix to this file")
     return parser.parse_intermixed_args(argv)
 
@@ -42,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
     from ddp_cifar.data.loader import EvalLoader
     from ddp_cifar.data.normalization import normalization_of
     from ddp_cifar.inference import check_classes, open_trained, trained_model
+    from ddp_cifar.inference.rows import write_evaluated
     from ddp_cifar.tracking.figures import confusion_figure
     from ddp_cifar.tracking.quality import Quality
     from ddp_cifar.training.evaluation import evaluate_split, forward_pass
@@ -66,11 +75,12 @@ def main(argv: Sequence[str]) -> int:
         loader = EvalLoader(split.to(place), normalization_of(loaded.state), config.train.channels_last, world.device)
         forward = forward_pass(model, precision, world.device, mirror=options.mirror)
         logits = torch.zeros(len(split), len(dataset.classes), device=world.device)
-        totals = evaluate_split(
-            forward, loader, world, config.eval.batch_size, loss_function(config.train), logits=logits
-        )
-        # each row is zero on all ranks but one, so the sum is exact
-        quality = Quality.of(world.sum(logits).cpu(), split.labels)
+        size, loss = config.eval.batch_size, loss_function(config.train)
+        batches_per_rank = math.ceil(len(split) / (size * world.world_size))
+        with tqdm(total=batches_per_rank, unit="batch", leave=False, disable=None if world.is_main else True) as bar:
+            totals = evaluate_split(forward, loader, world, size, loss, logits=logits, on_batch=bar.update)
+        logits = world.sum(logits).cpu()  # each row is zero on all ranks but one, so the sum is exact
+        quality = Quality.of(logits, split.labels)
 
         def report() -> None:
             """Print the table and write the files, on rank 0."""
@@ -91,6 +101,8 @@ def main(argv: Sequence[str]) -> int:
             if options.json:
                 with writing(options.json):
                     options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            if options.output:
+                write_evaluated(options.output, options.format, split, logits, dataset.classes)
             if options.png:
                 with writing(options.png):
                     confusion_figure(quality, dataset.classes).savefig(options.png, format="png")
@@ -105,6 +117,7 @@ def _table(result: dict[str, Any]) -> str:
         f"{result['checkpoint']} (epoch {result['epoch']}, step {result['step']}), {result['split']}: {result['images']} images",
         f"loss {result['loss']:.4f}, accuracy {percent(result['accuracy'])}, "
         f"top-5 {percent(result['top5_accuracy'])}, calibration error {percent(result['calibration_error'])}",
+        f"balanced accuracy {percent(result['balanced_accuracy'])}, macro F1 {percent(result['macro_f1'])}",
         "",
         f"{'class':<{width}} {'images':>7} {'precision':>9} {'recall':>7}  most often mistaken for",
     ]

@@ -1,18 +1,25 @@
 """Small data sets, configs and trainers for the tests."""
 
+import contextlib
+import importlib
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from launched import TIME_KEYS
 from torch import nn
 
 from ddp_cifar.config import Config, load_config
+from ddp_cifar.data import build_dataset
 from ddp_cifar.data.dataset import DataSet, Split
 from ddp_cifar.data.loader import StepBatch
 from ddp_cifar.distributed.world import World
+from ddp_cifar.errors import UserError
 from ddp_cifar.registry import BUILT_IN
+from ddp_cifar.run.checkpoint_file import save_checkpoint
 from ddp_cifar.run.checkpoint_store import Checkpoints
 from ddp_cifar.tracking.base import NullTracker, Scalars
 from ddp_cifar.training.build import build_trainer
@@ -154,3 +161,22 @@ TEN_STEPS = (
     "train.epochs=4",
     "train.max_steps=10",
 )
+
+
+def save_untrained(path: Path, world: World, *arguments: str) -> DataSet:
+    """Save a checkpoint of a network with random weights, and return its data set."""
+    config = config_of("model.name=tiny", "device=cpu", *arguments)
+    dataset = build_dataset(config.data, world)
+    save_checkpoint(path, make_trainer(world, config, dataset).state_dict())
+    return dataset
+
+
+def run_on(world: World, module: str, *arguments: str) -> str:
+    """Run a command in `world`. Returns its error message, "" if it succeeds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddp_cifar.inference.open_world", lambda *_: contextlib.nullcontext(world))
+        try:
+            importlib.import_module(f"ddp_cifar.{module}").main(arguments)
+        except UserError as error:
+            return str(error)
+    return ""

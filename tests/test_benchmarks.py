@@ -93,3 +93,13 @@ def test_the_startup_benchmark_compares_with_a_bare_script(shell: Shell, tmp_pat
     done = shell(sys.executable, "benchmarks/startup.py", *options, timeout=300)
     assert done.status == 0, done.out + done.err
     assert set(json.loads((tmp_path / "found.json").read_text())["rates"]) == {"ddp_cifar", "a bare script"}
+
+
+@pytest.mark.slow
+def test_the_predict_benchmark_reports_speed_memory_and_search(shell: Shell, tmp_path: Path) -> None:
+    options = ("--rounds", "1", "--ranks", "1", "--files", "2", "70", "--json", str(tmp_path / "found.json"))
+    done = shell(sys.executable, "benchmarks/predict.py", *options)
+    assert done.status == 0, done.out + done.err
+    assert set(json.loads((tmp_path / "found.json").read_text())["rates"]) == {"1 ranks"}
+    assert "growth of the peak memory: " in done.out
+    assert "| find_image_files / os.walk |" in done.out

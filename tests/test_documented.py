@@ -56,6 +56,7 @@ RUN_BY = {
     r"benchmarks/reproducible\.py": "test_benchmarks.py::test_the_reproducible_benchmark_compares_on_with_off",
     r"benchmarks/(records|hooks)\.py|benchmarks/slow_link": "test_benchmarks.py::test_the_other_benchmarks_run_on_two_ranks",
     r"benchmarks/versions\.py": "test_benchmarks.py::test_the_versions_benchmark_compares_this_checkout_with_another",
+    r"benchmarks/predict\.py": "test_benchmarks.py::test_the_predict_benchmark_reports_speed_memory_and_search",
     r"benchmarks/startup\.py": "test_benchmarks.py::test_the_startup_benchmark_compares_with_a_bare_script",
     r"benchmarks/gpu\.sh|-m ddp_cifar\.benchmark": "test_benchmark.py::test_the_benchmark_reports_what_it_measured",
     r"docs/article/plot\.py": "test_benchmarks.py::test_the_plot_and_table_of_the_original_script_come_from_metrics",

@@ -4,11 +4,14 @@ import dataclasses
 import functools
 import hashlib
 import math
+import os
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ddp_cifar.config import ImageShape
@@ -28,6 +31,8 @@ class Split:
     """(N,) int64, 0 to the number of classes - 1"""
     sample_ids: Tensor
     """(N,) int64: the index in `images` of each image of the split. Augmentation depends on it."""
+    files: NDArray[np.bytes_] | None = None
+    """(M,) the file of each of `images`, relative to data.root; None if they are not files"""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,11 +65,16 @@ class Split:
 
     def to(self, device: torch.device) -> "Split":
         """Return the split on a device."""
-        return Split(self.images.to(device), self.labels.to(device), self.sample_ids.to(device))
+        labels, sample_ids = self.labels.to(device), self.sample_ids.to(device)
+        return dataclasses.replace(self, images=self.images.to(device), labels=labels, sample_ids=sample_ids)
 
     def take(self, indices: Tensor) -> "Split":
         """Return the subset at `indices` (K,), which shares the tensor of images."""
-        return Split(self.images, self.labels[indices], self.sample_ids[indices])
+        return dataclasses.replace(self, labels=self.labels[indices], sample_ids=self.sample_ids[indices])
+
+    def file_names(self) -> list[str] | None:
+        """Return the file of each image of the split, relative to data.root; None if they are not files."""
+        return None if self.files is None else [os.fsdecode(name) for name in self.files[self.sample_ids.numpy()]]
 
 
 @dataclass(frozen=True)
@@ -185,7 +195,7 @@ class DataSet:
         def move(split: Split) -> Split:
             if id(split.images) not in moved:
                 moved[id(split.images)] = split.images.to(device)
-            return Split(moved[id(split.images)], split.labels.to(device), split.sample_ids.to(device))
+            return dataclasses.replace(split, images=moved[id(split.images)]).to(device)
 
         test, val = (split and move(split) for split in (self.test, self.val))
         return dataclasses.replace(self, train=move(self.train), test=test, val=val)

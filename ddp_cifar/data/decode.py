@@ -14,9 +14,8 @@ import subprocess
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,20 +42,16 @@ class DecodeError(ValueError):
     """A file is not a usable image; the message says why."""
 
 
-class ReadError(OSError):
-    """A file cannot be read (no permission, disk error), so that nothing is known about its image."""
-
-
 ImageShape = tuple[int, int, int]
 """Channels (1 or 3), height and width."""
 
 
-def decode(path: Path, image_shape: ImageShape) -> NDArray[np.uint8]:
+def decode(path: str | os.PathLike[str], image_shape: ImageShape) -> NDArray[np.uint8]:
     """Return (H, W, C) for `image_shape` (C, H, W): the image is resized to cover H x W, and the center is cropped.
 
     It is rotated as its EXIF data say. 16-bit grayscale is scaled to 8 bits, transparency becomes white, and an
     animation is reduced to its first frame. Raises `DecodeError` if the file cannot be decoded or its values have an
-    unknown range, and `ReadError` if it exists but cannot be read.
+    unknown range, and `OSError` if it exists but cannot be read (no permission, disk error).
     """
     try:
         with Image.open(path) as image:
@@ -67,18 +62,17 @@ def decode(path: Path, image_shape: ImageShape) -> NDArray[np.uint8]:
             upright = _to_rgb(_upright(image), image.format)
             if channels == 1:
                 upright = upright.convert("L")
-            resized = upright.resize(
-                (width, height), Image.Resampling.BILINEAR, box=_center(upright.size, height, width)
-            )
+            center = _center(upright.size, height, width)
+            resized = upright.resize((width, height), Image.Resampling.BILINEAR, box=center)
             return np.asarray(resized).reshape(height, width, channels)
     except (DecodeError, MemoryError):
         raise
     except Exception as error:  # a decoder may raise anything for a broken file
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
-            raise ReadError(error.errno, error.strerror, str(path)) from error
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         # Pillow and Python add the file name to the message, and so does the caller
-        for name in (f" {str(path)!r}", f": {str(path)!r}"):
+        for name in (f" {os.fspath(path)!r}", f": {os.fspath(path)!r}"):
             reason = reason.replace(name, "")
         raise DecodeError(reason.strip(":")) from error
 
@@ -118,39 +112,39 @@ def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_all(paths: Sequence[Path], image_shape: ImageShape, num_workers: int) -> Iterator[bytes | str]:
-    """Yield the pixels of each file, in order, or an error message. Uses up to `num_workers` processes.
+Decoded = bytes | str | OSError
+"""The pixels of a file; or why they cannot be decoded; or the error if the file exists but cannot be read."""
 
-    It uses processes because most of the work on a small file holds Python's GIL. Raises `ReadError` for a file that exists
-    but cannot be read.
+
+def decode_all(paths: Sequence[str], image_shape: ImageShape, num_workers: int) -> Generator[Decoded, None, None]:
+    """Decode each file, in order, ahead of the consumer, in up to `num_workers` processes; with one, in this process.
+
+    It uses processes because most of the work on a small file holds Python's GIL.
     """
     size = max(1, min(CHUNK_FILES, CHUNK_BYTES // math.prod(image_shape)))
     chunks = [paths[i : i + size] for i in range(0, len(paths), size)]
     num_workers = min(num_workers, len(chunks))
     if num_workers < 2:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about files that it can read
-            yield from _decode_chunk(paths, image_shape)
+        for chunk in chunks:
+            yield from _decode_chunk(chunk, image_shape)
         return
     idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
 
-    def decode_chunk(chunk: Sequence[Path]) -> list[bytes | str]:
+    def decode_chunk(chunk: Sequence[str]) -> list[Decoded]:
         worker = idle.get()
         assert worker.stdin is not None
         assert worker.stdout is not None
         try:
             pickle.dump(chunk, worker.stdin)
             worker.stdin.flush()
-            answer: list[bytes | str] | Exception = pickle.load(worker.stdout)
+            answer: list[Decoded] | MemoryError = pickle.load(worker.stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             raise RuntimeError(
                 f"a worker process exited while decoding {chunk[0]} ... {chunk[-1]}: out of memory?"
             ) from error
         finally:
             idle.put(worker)
-        if isinstance(answer, OSError):
-            raise ReadError(answer.errno, answer.strerror, answer.filename)
-        if isinstance(answer, Exception):
+        if isinstance(answer, MemoryError):
             raise answer
         return answer
 
@@ -167,7 +161,7 @@ def decode_all(paths: Sequence[Path], image_shape: ImageShape, num_workers: int)
             idle.put(worker)
         pool = ThreadPoolExecutor(num_workers)  # one thread per process, which waits for it
         stack.callback(pool.shutdown, cancel_futures=True)  # after an error or Ctrl-C, do not decode the rest
-        pending: deque[Future[list[bytes | str]]] = deque()
+        pending: deque[Future[list[Decoded]]] = deque()
         for chunk in chunks:
             if len(pending) == 2 * num_workers:  # limits memory if the consumer is slow
                 yield from pending.popleft().result()
@@ -186,27 +180,29 @@ def _end(worker: "subprocess.Popen[bytes]") -> None:
     worker.wait()
 
 
-def _decode_chunk(paths: Sequence[Path], image_shape: ImageShape) -> Iterator[bytes | str]:
-    for path in paths:
-        try:
-            yield decode(path, image_shape).tobytes()
-        except DecodeError as error:
-            yield str(error)
+def _decode_chunk(paths: Sequence[str], image_shape: ImageShape) -> list[Decoded]:
+    found: list[Decoded] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about files that it can read
+        for path in paths:
+            try:
+                found.append(decode(path, image_shape).tobytes())
+            except DecodeError as error:
+                found.append(str(error))
+            except OSError as error:
+                found.append(OSError(error.errno, error.strerror))  # without the traceback, and safe to pickle
+    return found
 
 
 def _serve(image_shape: ImageShape) -> None:
-    """Answer each pickled list of paths on stdin with a list of pixels or error messages on stdout, until stdin closes."""
+    """Answer each pickled list of paths on stdin with the pickled list of `Decoded` on stdout, until stdin closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which then closes stdin
-    warnings.simplefilter("ignore")
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             paths = pickle.load(sys.stdin.buffer)
-            answer: list[bytes | str] | Exception
+            answer: list[Decoded] | MemoryError
             try:
-                answer = list(_decode_chunk(paths, image_shape))
-            except ReadError as error:
-                # as a class that the parent can unpickle: in this process, ReadError belongs to __main__
-                answer = OSError(error.errno, error.strerror, error.filename)
+                answer = _decode_chunk(paths, image_shape)
             except MemoryError as error:
                 answer = error
             pickle.dump(answer, sys.stdout.buffer)

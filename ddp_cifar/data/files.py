@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from PIL import Image
 
@@ -16,21 +15,22 @@ FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF"}
 """The formats that are read, by Pillow's names."""
 
 
-def find_image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+def find_image_files(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
     """Return the images under `folder`, at any depth, and the files that are not images.
 
     Links are followed. Hidden files and folders are ignored. Sorted by folder, then by name, as torchvision's ImageFolder.
     """
-    images: list[Path] = []
-    others: list[Path] = []
-    for parent, names in sorted(_folders(str(folder), ())):
+    images: list[str] = []  # strings: a Path takes several times the memory, and the time to make
+    others: list[str] = []
+    for parent, names in sorted(_folders(os.fspath(folder), ())):
+        prefix = os.path.join(parent, "").removeprefix("./")
         for name in sorted(names):
-            path = Path(parent, name)
-            (images if _is_image(path) else others).append(path)
+            is_image = name[name.rfind(".") :].lower() in SUFFIXES or _has_image_content(prefix + name)
+            (images if is_image else others).append(prefix + name)
     return images, others
 
 
-def warn_of_skipped(others: Sequence[Path], place: str) -> None:
+def warn_of_skipped(others: Sequence[str], place: str) -> None:
     """Log that `others`, found in `place`, are skipped, if there are any."""
     if others:
         log.warning(f"skipping {counted(len(others), 'file')} of {place} that are not images, such as {others[0]}")
@@ -54,10 +54,8 @@ def _folders(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[
     yield folder, names
 
 
-def _is_image(path: Path) -> bool:
-    if path.suffix.lower() in SUFFIXES:
-        return True
-    if not path.is_file():  # a pipe would block
+def _has_image_content(path: str) -> bool:
+    if not os.path.isfile(path):  # a pipe would block
         return False
     try:
         with Image.open(path) as image:

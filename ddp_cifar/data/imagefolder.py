@@ -1,10 +1,11 @@
 """A folder of user images: `ROOT/train/CLASS/*` and `ROOT/test/CLASS/*`, of any size, in any number of classes.
 
-They are decoded once, into a cache folder with two raw arrays and an index, which the ranks of a node share by memory map. The
-folder's name contains a hash of its inputs (name, size and time of each file, and the settings), so that any change creates
-another folder.
+They are decoded once, into a cache folder: per split, an array of pixels and one of file names, which the ranks of a node share
+by memory map, and an index. The folder's name contains a hash of its inputs (name, size and time of each file, and the
+settings), so that any change creates another folder.
 """
 
+import dataclasses
 import hashlib
 import os
 import time
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from ddp_cifar.config import DataConfig, ImageShape
 from ddp_cifar.data.cache import make_once
 from ddp_cifar.data.dataset import DataSet, Moments, Split
-from ddp_cifar.data.decode import ReadError, decode_all
+from ddp_cifar.data.decode import decode_all
 from ddp_cifar.data.files import SUFFIXES, find_image_files, warn_of_skipped
 from ddp_cifar.data.source import Source
 from ddp_cifar.distributed.world import World
@@ -113,10 +114,6 @@ class ImageFolder(Source):
         tree, folder = self._look()
         try:
             make_once(folder, lambda temporary: _decode_tree(tree, self.config, temporary))
-        except ReadError as error:
-            raise UserError(
-                f"{error.filename} cannot be read ({error.strerror}): make it readable, or remove it"
-            ) from error
         except OSError as error:
             raise UserError(
                 f"cannot write the decoded images to {folder.parent} ({error.strerror}): set data.cache to another folder "
@@ -136,7 +133,10 @@ def _open_split(folder: Path, name: str, labels: "np.typing.NDArray[np.int64]", 
     # a private map that is never written: all ranks of a node share its pages
     pixels: Tensor = torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
     images = pixels.view(len(labels), height, width, channels).permute(0, 3, 1, 2)
-    return Split.of(images, torch.from_numpy(labels))
+    files = np.load(folder / f"{name}.files.npy", mmap_mode="r", allow_pickle=False)
+    if len(files) != len(labels):
+        raise ValueError(f"{name}.files.npy has {len(files)} files, expected {len(labels)}")
+    return dataclasses.replace(Split.of(images, torch.from_numpy(labels)), files=files)
 
 
 # -- the files
@@ -177,20 +177,20 @@ def _files(split: str, folders: Sequence[Path], classes: Sequence[str]) -> list[
     """Return the images of all class folders, at any depth, sorted by folder and name."""
     files: list[ImageFile] = []
     parent = folders[0].parent
-    others = [path for path in sorted(parent.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    others = [str(path) for path in sorted(parent.iterdir()) if path.is_file() and not path.name.startswith(".")]
     for folder in folders:
+        label = classes.index(folder.name)
         images, not_images = find_image_files(folder)
         others += not_images
         if not images:
             raise UserError(f"{folder} contains no images: expected files of the types {', '.join(sorted(SUFFIXES))}")
         for path in images:
             try:
-                stat = path.stat()
+                stat = os.stat(path)
                 size, time_ns = stat.st_size, stat.st_mtime_ns
             except FileNotFoundError:  # a broken link: decoding will report it
                 size = time_ns = 0
-            name = f"{split}/{path.relative_to(parent)}"
-            files.append(ImageFile(name, classes.index(folder.name), size, time_ns))
+            files.append(ImageFile(f"{split}/{path.removeprefix(f'{parent}/')}", label, size, time_ns))
     warn_of_skipped(others, split)
     return files
 
@@ -211,7 +211,7 @@ def _fingerprint(tree: Tree, config: DataConfig) -> str:
 
 
 def _decode_tree(tree: Tree, config: DataConfig, folder: Path) -> None:
-    """Write `train.images`, `test.images` ((N, H, W, C) bytes each) and `index.npz` into `folder`."""
+    """Write into `folder`, per split, `SPLIT.images` ((N, H, W, C) bytes) and `SPLIT.files.npy` ((N,) names), and `index.npz`."""
     started = time.perf_counter()
     num_files = sum(len(files) for files in tree.splits.values())
     log.info(f"decoding {num_files} files in {config.root} to {folder.parent} (only once)")
@@ -220,17 +220,22 @@ def _decode_tree(tree: Tree, config: DataConfig, folder: Path) -> None:
     index: dict[str, Any] = {"classes": list(tree.classes), "splits": list(tree.splits)}
     with tqdm(total=num_files, desc="decoding", unit="file", leave=False, disable=None) as bar:
         for name, files in tree.splits.items():
-            labels = []
-            paths = [Path(config.root, file.name) for file in files]
+            labels, names = [], []
+            paths = [os.path.join(config.root, file.name) for file in files]
             with open(folder / f"{name}.images", "wb") as output:
-                for file, decoded in zip(files, decode_all(paths, config.image_shape, cores), strict=True):
+                for file, path, decoded in zip(files, paths, decode_all(paths, config.image_shape, cores), strict=True):
                     bar.update()
+                    if isinstance(decoded, OSError):
+                        problem = f"{path} cannot be read ({decoded.strerror}): make it readable, or remove it"
+                        raise UserError(problem) from decoded
                     if isinstance(decoded, bytes):
                         output.write(decoded)
                         labels.append(file.label)
+                        names.append(os.fsencode(file.name))
                     else:
-                        problems.append(f"{Path(config.root, file.name)} cannot be decoded ({decoded})")
+                        problems.append(f"{path} cannot be decoded ({decoded})")
             index[name] = np.array(labels, dtype=np.int64)
+            np.save(folder / f"{name}.files.npy", np.array(names, dtype=np.bytes_))
             if config.on_corrupt == "skip":
                 _check_decoded(name, labels, tree.classes)
     if problems and config.on_corrupt == "refuse":

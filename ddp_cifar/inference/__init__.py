@@ -51,6 +51,7 @@ class TrainedNetwork(nn.Module):
         self.network = network
         self.classes = tuple(classes)
         self.image_shape = image_shape
+        self.normalization = normalization
         scale, shift = normalization.channel_scale_and_shift()
         self.register_buffer("scale", scale.view(1, -1, 1, 1))
         self.register_buffer("shift", shift.view(1, -1, 1, 1))

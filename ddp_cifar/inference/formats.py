@@ -1,4 +1,4 @@
-"""The file formats of an exported network, ONNX and torch.export's: write, read and compare."""
+"""The file formats of an exported network, ONNX, torch.export's and safetensors: write, read and compare."""
 
 import logging
 import warnings
@@ -6,32 +6,79 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
 
-from ddp_cifar.data.dataset import Split
-from ddp_cifar.data.normalization import Normalization
+from ddp_cifar.config import Config
+from ddp_cifar.data import build_dataset
+from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import UserError, first_line
-from ddp_cifar.inference import TrainedNetwork
+from ddp_cifar.inference import TrainedNetwork, check_classes, classes_and_image_shape
+from ddp_cifar.log import log
+from ddp_cifar.run.checkpoint_file import digest
+from ddp_cifar.run.checkpoint_store import Loaded
+from ddp_cifar.run.resume import load_init
+from ddp_cifar.seeding import generator
 
+TOLERANCE = 1e-4
+"""Largest difference of a logit that rounding in another runtime explains."""
 BATCH = 64  # images per batch of the comparison; the last batch is smaller, which tests the dynamic batch size
 
 Network = Callable[[Tensor], Tensor]
 """(B, C, H, W) uint8 -> (B, classes) float32."""
 
 
+def comparison_images(loaded: Loaded, config: Config, world: World, num_images: int) -> Tensor:
+    """Return the test split's first images, or random ones if the data set cannot be read: (N, C, H, W) uint8.
+
+    Raises `UserError` if the data set has other classes than the checkpoint.
+    """
+    try:
+        dataset = build_dataset(config.data, world)
+    except UserError as error:
+        log.warning(f"comparing on {num_images} random images, because the data set cannot be read: {error}")
+        _, image_shape = classes_and_image_shape(loaded)
+        shape = (num_images, *image_shape)
+        return torch.randint(256, shape, dtype=torch.uint8, generator=generator("export"))
+    check_classes(loaded, dataset.classes, config.data.name)
+    split = dataset.test or dataset.val or dataset.train
+    return split.images[split.sample_ids[:num_images]]
+
+
 @torch.inference_mode()
-def largest_difference(
-    network: Network, model: nn.Module, normalization: Normalization, split: Split, num_images: int
-) -> tuple[float, int]:
-    """Return the largest difference of a logit over the split's first images, and the number of these images."""
-    images = split.images[split.sample_ids[:num_images]]
+def compare_logits(read: Network, exported: TrainedNetwork, images: Tensor) -> str:
+    """Compare the logits of the network `read` from a file with the checkpoint's, and return the result in words.
+
+    Raises `UserError` if they differ by more than rounding.
+    """
     largest = 0.0
-    for batch in images.split(BATCH):
-        difference = (network(batch.contiguous()) - model(normalization.normalize(batch))).abs().max().item()
+    for batch in tqdm(images.split(BATCH), desc="comparing", unit="batch", leave=False, disable=None):
+        difference = (
+            (read(batch.contiguous()) - exported.network(exported.normalization.normalize(batch))).abs().max().item()
+        )
         largest = difference if difference != difference else max(largest, difference)  # nan counts as the largest
         if largest != largest:
             break
-    return largest, len(images)
+    found = f"largest difference of a logit on {len(images)} images: {largest:.1e}"
+    if not largest <= TOLERANCE:
+        raise UserError(f"{found}, expected at most {TOLERANCE:g}")
+    return found
+
+
+def compare_weights(path: Path, exported: TrainedNetwork) -> str:
+    """Compare the weights in a safetensors file, as model.init reads it, with the checkpoint's, and return the result in words.
+
+    Raises `UserError` if they are not bitwise identical.
+    """
+    read, expected = (
+        dict(sorted(weights.items())) for weights in (load_init(str(path)), exported.network.state_dict())
+    )
+    if digest(read) != digest(expected):
+        raise UserError(
+            "the weights read back differ from the checkpoint's, expected bitwise identical ones: try another disk"
+        )
+    return f"{len(read)} tensors, read back bitwise identical"
 
 
 def _program(exported: TrainedNetwork) -> torch.export.ExportedProgram:
@@ -79,8 +126,17 @@ def read_onnx(path: Path) -> Network:
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-FORMATS: dict[str, tuple[Callable[[TrainedNetwork, dict[str, str], Path], None], Callable[[Path], Network]]] = {
-    "onnx": (write_onnx, read_onnx),
-    "pt2": (write_pt2, read_pt2),
+def write_safetensors(exported: TrainedNetwork, metadata: dict[str, str], path: Path) -> None:
+    """Write the weights under their names in the network, which does not include the normalization."""
+    # copies, because safetensors rejects tensors that share memory
+    weights = {name: tensor.clone().contiguous() for name, tensor in exported.network.state_dict().items()}
+    path.write_bytes(save(weights, metadata))
+
+
+WRITERS: dict[str, Callable[[TrainedNetwork, dict[str, str], Path], None]] = {
+    "onnx": write_onnx,
+    "pt2": write_pt2,
+    "safetensors": write_safetensors,
 }
-"""Format name -> functions that write and read a file."""
+READERS: dict[str, Callable[[Path], Network]] = {"onnx": read_onnx, "pt2": read_pt2}
+"""The formats that contain the network; the others contain only its weights."""

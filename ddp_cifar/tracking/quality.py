@@ -41,6 +41,20 @@ class Quality:
         """(classes,): the share of each class's predictions that are correct; nan for a class that is never predicted."""
         return self.confusion.diagonal() / self.confusion.sum(0)
 
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean recall of the classes with images, as scikit-learn's `balanced_accuracy_score`."""
+        return self.recall.nanmean().item()
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean F1 score, 2 TP / (2 TP + FP + FN), of the classes with images or predictions.
+
+        As scikit-learn's `f1_score(average="macro")`: a class without images that is predicted counts as 0.
+        """
+        images_and_predictions = self.confusion.sum(1) + self.confusion.sum(0)  # 2 TP + FP + FN
+        return (2 * self.confusion.diagonal() / images_and_predictions).nanmean().item()
+
     def as_dict(self, classes: tuple[str, ...]) -> dict[str, Any]:
         """Return the measures for JSON, with null for nan."""
 
@@ -50,6 +64,8 @@ class Quality:
         rows = zip(classes, self.confusion.sum(1).tolist(), self.precision.tolist(), self.recall.tolist(), strict=True)
         return {
             "top5_accuracy": number(self.top5_accuracy),
+            "balanced_accuracy": self.balanced_accuracy,
+            "macro_f1": self.macro_f1,
             "calibration_error": self.calibration_error,
             "classes": [
                 {"name": name, "images": images, "precision": number(precision), "recall": number(recall)}

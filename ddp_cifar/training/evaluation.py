@@ -48,7 +48,7 @@ def evaluate_split(
     *,
     augmentations: Tensor | None = None,
     logits: Tensor | None = None,
-    on_batch: Callable[[], None] = lambda: None,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> Totals:
     """Return loss and accuracy over all images of a split. Every rank must call it.
 
@@ -105,7 +105,7 @@ class Evaluator:
         *,
         augmentations: Tensor | None = None,
         logits: Tensor | None = None,
-        on_batch: Callable[[], None] = lambda: None,
+        on_batch: Callable[[], object] = lambda: None,
     ) -> Totals:
         """Evaluate one split, as `evaluate_split` does."""
         self.model.eval()
@@ -123,7 +123,7 @@ class Evaluator:
             )
 
     def run(
-        self, progress: Progress, *, keep_logits_of: str = "", on_batch: Callable[[], None] = lambda: None
+        self, progress: Progress, *, keep_logits_of: str = "", on_batch: Callable[[], object] = lambda: None
     ) -> tuple[dict[str, float], Tensor | None]:
         """Evaluate after an epoch. Every rank must call it.
 
