@@ -14,6 +14,9 @@ from documented import PAGES, command_of, commands_in, commands_of, copy_checkou
 from launched import CHECKOUT
 from PIL import Image
 
+import ddp_cifar.dry_run
+from ddp_cifar.config import Config
+
 Train = Callable[..., Any]
 Shell = Callable[..., Any]
 
@@ -280,7 +283,28 @@ def judge(train: Train, things: Path, monkeypatch: pytest.MonkeyPatch) -> Judge:
     # instead of a download
     weights = torchvision.models.resnet18().state_dict()
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: weights)
+    # commands that differ only in their ranks and batches share the trial of the model and its footprint
+    for name in ("try_training", "footprint_of"):
+        monkeypatch.setattr(ddp_cifar.dry_run, name, once_per_model(getattr(ddp_cifar.dry_run, name)))
     return Judge(train, things)
+
+
+RESULTS: dict[str, Any] = {}
+
+
+def once_per_model(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with a memory of its results, by everything that they depend on."""
+
+    def remembered(*arguments: Any) -> Any:
+        config = next(argument for argument in arguments if isinstance(argument, Config))
+        numbers = [argument for argument in arguments if isinstance(argument, int | str | tuple)]
+        parts = (config.model, config.optim, config.augment, config.data, config.train.loss, config.precision, numbers)
+        key = f"{function.__name__} {parts}"
+        if key not in RESULTS:
+            RESULTS[key] = function(*arguments)
+        return RESULTS[key]
+
+    return remembered
 
 
 def test_every_documented_command_is_checked(judge: Judge, capfd: pytest.CaptureFixture[str]) -> None:
