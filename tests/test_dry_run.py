@@ -72,7 +72,11 @@ def test_cifar10_is_described_without_a_download(train: Train, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "more",
-    [(), ("optim.name=sgd", "train.ema_decay=0.9"), ("optim.name=torch.optim:RMSprop", "model.name=resnet9")],
+    [
+        (),
+        ("optim.name=sgd", "train.ema_decay=0.9", "model.freeze=[conv_layer.*]"),
+        ("optim.name=torch.optim:RMSprop", "model.name=resnet9"),
+    ],
 )
 def test_a_checkpoint_has_the_predicted_size(train: Train, tmp_path: Path, more: tuple[str, ...]) -> None:
     arguments = (*TINY, *more, f"run_dir={tmp_path / 'run'}")
@@ -97,6 +101,17 @@ def test_memory_per_rank_is_the_sum_of_its_parts(train: Train) -> None:
     twice = dry_run(train, *TINY, "train.micro_batch_size=32")["memory per rank"]
     # the tensors that autograd keeps grow with the images, except for the bf16 copy of the weights
     assert activations < int(re.findall(r"(\d+) MB", twice)[2]) < 2 * activations
+
+
+def test_frozen_parameters_groups_and_an_early_end_are_described(train: Train) -> None:
+    groups = "optim.groups=[{match: fc_layer.6.*, lr_factor: 10, weight_decay: 0.5}]"
+    early = ("data.val_images=8", "train.patience_epochs=2")
+    lines = dry_run(train, *TINY, "model.freeze=[conv_layer.*]", groups, *early)
+    assert "frozen: 1,126,912 of 5,852,170 parameters, and the statistics of 3 BatchNorm layers" in lines["model"]
+    first, second = lines["optimizer"].split("; ")
+    assert first == "adam: 4,720,128 parameters with lr 0.001, weight decay 0"
+    assert second == "5,130 parameters with lr 0.01, weight decay 0.5"
+    assert lines["total"] == "1 epochs, 2 steps, or 2 epochs without a better validation accuracy"
 
 
 SIZES = [(1, 1), (1, 3), (1, 8), (2, 4), (4, 8), (8, 8)]
