@@ -101,5 +101,5 @@ def test_the_predict_benchmark_reports_speed_memory_and_search(shell: Shell, tmp
     done = shell(sys.executable, "benchmarks/predict.py", *options)
     assert done.status == 0, done.out + done.err
     assert set(json.loads((tmp_path / "found.json").read_text())["rates"]) == {"1 ranks"}
-    assert "growth of the peak memory: " in done.out
+    assert "peak memory of 1 rank by round: " in done.out
     assert "| find_image_files / os.walk |" in done.out
