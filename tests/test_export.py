@@ -10,7 +10,7 @@ from helpers import config_of, run_on, save_untrained
 from image_folders import write_tree
 from safetensors import safe_open
 
-from ddp_cifar.data.augment import MEAN, STD
+from ddp_cifar.data.normalization import VALUES
 from ddp_cifar.distributed.world import World
 from ddp_cifar.inference import formats, load_trained
 from ddp_cifar.log import log
@@ -32,10 +32,9 @@ def test_safetensors_have_the_averaged_weights_and_start_another_run(alone: Worl
         metadata = file.metadata()
     assert {name: json.loads(text) for name, text in metadata.items() if name != "model"} == {
         "classes": list(dataset.classes),
-        "image_size": 32,
+        "image_shape": [3, 32, 32],
         "model_args": {},
-        "mean": list(MEAN),
-        "std": list(STD),
+        **{name: list(values) for name, values in VALUES["cifar10"].items()},
     }
     assert metadata["model"] == "tiny"
     config = config_of("model.name=tiny", "device=cpu")
