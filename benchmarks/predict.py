@@ -25,7 +25,7 @@ from startup import torchrun
 from ddp_cifar.data.files import find_image_files
 from ddp_cifar.distributed.rendezvous import open_world_alone
 from ddp_cifar.run.checkpoint_file import save_checkpoint
-from ddp_cifar.training.throughput import random_dataset, take_turns
+from ddp_cifar.training.throughput import random_dataset
 
 GROWTH_TARGET_MB = 50
 SEARCHES = 20
@@ -60,7 +60,10 @@ def main() -> None:
         for number in range(options.rounds):
             for ranks in options.ranks[:: -1 if number % 2 else 1]:
                 speed[f"{ranks} ranks"].append(images_per_s(ranks))
-        searches = take_turns({name: lambda name=name: files_per_s(name) for name in (SEARCH, WALK)}, SEARCHES)
+        searches: dict[str, list[float]] = {SEARCH: [], WALK: []}
+        for _ in range(SEARCHES):
+            for search, rates in searches.items():
+                rates.append(files_per_s(search))
     report(f"predict, {few:,} and {many:,} files, {os.cpu_count()} cores", speed, [], options.json)
     growth = statistics.median(large - small for small, large in peaks) if peaks else 0
     print(f"\npeak memory of 1 rank by round: {', '.join(f'{small:.0f} and {large:.0f}' for small, large in peaks)} MB")
