@@ -9,6 +9,7 @@ from torch import Tensor
 from ddp_cifar.config import PRESETS, DataConfig
 from ddp_cifar.data.dataset import DataSet
 from ddp_cifar.errors import UserError
+from ddp_cifar.log import log
 
 VALUES = {
     # Of CIFAR-10's training set, as in the original script. The std is the mean of the per-image stds, kept for parity; the
@@ -30,8 +31,8 @@ class Normalization:
         self._repeated: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __repr__(self) -> str:
-        mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (self.mean, self.std))
-        return f"mean {mean}; std {std}"
+        mean, std = (" ".join(f"{value:.4f}" for value in values) for values in (self.mean, self.std))
+        return f"mean {mean} and std {std}"
 
     def channel_scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """(C,) float32 each: pixel x scale + shift is (pixel / 255 - mean) / std."""
@@ -61,10 +62,16 @@ class Normalization:
         """Return `mean` and `std`, as lists."""
         return {"mean": list(self.mean), "std": list(self.std)}
 
-    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Use the mean and the std of another run. All loaders that share this object use them from now on."""
+    def load_state_dict(self, state: Mapping[str, Sequence[float]], source: str) -> None:
+        """Use the mean and the std of a checkpoint. All loaders that share this object use them from now on.
+
+        Logs them, and `source`, if they differ.
+        """
+        before = self.state_dict()
         self.mean, self.std = tuple(state["mean"]), tuple(state["std"])
         self._repeated.clear()
+        if self.state_dict() != before:
+            log.info(f"normalized as in {source}, with {self}")
 
 
 def scale_images(images: Tensor, scale: Tensor, shift: Tensor, memory_format: torch.memory_format) -> Tensor:

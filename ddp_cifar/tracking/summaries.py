@@ -108,7 +108,7 @@ def add_hparams(board: "SummaryWriter", config: Config, split: str) -> None:
 
     flat = flatten(to_dict(config))
     types = {key: annotation for key, annotation, *_ in fields() if key not in keys_with_role("non_result")}
-    values = {key: _as_hparam(flat[key]) for key in types}
+    values = {key: _as_hparam(flat[key], types[key]) for key in types}
     tags = (f"{split}/accuracy", f"{split}/loss", "train/epoch_loss", "train/epoch_images_per_s")
     # torch derives the type of each setting from its value
     samples = {key: _sample(types[key]) if value is None else value for key, value in values.items()}
@@ -123,7 +123,10 @@ def add_hparams(board: "SummaryWriter", config: Config, split: str) -> None:
         board._get_file_writer().add_summary(summary)
 
 
-def _as_hparam(value: object) -> float | str | None:
+def _as_hparam(value: object, annotation: Any) -> float | str | None:
+    """Return a number or a string; a string in all runs if the key may have values of several types."""
+    if annotation is Any:
+        return None if value is None else as_typed(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number or value is None else as_typed(value)  # type: ignore[return-value]
 

@@ -128,7 +128,7 @@ def build_trainer(
     threads = f", {_threads()} per rank" if device.type == "cpu" else ""
     data = dataset.describe()
     dataset = dataset.to(choose_data_device((dataset.train, dataset.val, dataset.test), device, config.data.residency))
-    log.info(f"{config.data.name}: {data}")
+    log.info(f"{config.data.name}: {data}, normalized with {normalization}")
     log.info(
         f"{config.model.name}: {parameters:,} parameters, {precision}, device {device.type}, backend {world.backend}{threads}"
     )

@@ -291,7 +291,7 @@ class Trainer:
     def load_state_dict(self, state: State, source: str) -> None:
         """Resume from a state. Raises `UserError`, which names `source`, if its data or weights do not match this run."""
         self.progress.resume(state["progress"], source)
-        self.train_loader.normalization.load_state_dict(normalization_of(state).state_dict())
+        self.train_loader.normalization.load_state_dict(normalization_of(state).state_dict(), source)
         self.train_step.load_state_dict(state, source, self.progress.updates)
 
 
