@@ -86,7 +86,7 @@ def test_a_healthy_cluster_passes_on_slurm(cluster: Cluster, tmp_path: Path) -> 
     assert cluster.state(job) == "COMPLETED"
     result = json.loads((copy / "preflight.json").read_text())
     assert result["ok"]
-    assert result["seconds"] < 20
+    assert result["seconds"] < 60, "20 s on an idle machine"
     assert {rank["host"] for rank in result["ranks"]} == {"node1", "node2", "node3"}
     verdicts = [outcome["verdict"] for rank in result["ranks"] for outcome in rank["outcomes"]]
     assert set(verdicts) <= {"ok", "-"}, "not even a warning"
