@@ -51,7 +51,7 @@ test: lint
 
 test-all: lint
 	@echo "== Tests: all"
-	@$(RUN) pytest
+	@$(RUN) $(BIN)/python tests/run_all.py
 
 soak: install
 	@echo "== Killing runs at random moments, $(KILLS) times"
