@@ -13,6 +13,7 @@ from ddp_cifar.command import megabytes
 from ddp_cifar.config import Config, ImageShape
 from ddp_cifar.data import DataSet, dataset_metadata
 from ddp_cifar.data.batch_plan import BatchPlan, advice, check_batch_size, plan_batches
+from ddp_cifar.data.normalization import given_values
 from ddp_cifar.distributed.rendezvous import open_world_alone
 from ddp_cifar.models import build_model
 from ddp_cifar.models.weights import load_weights
@@ -20,6 +21,7 @@ from ddp_cifar.run.checkpoint_store import Checkpoints, Loaded
 from ddp_cifar.run.resume import check_same_run, find_checkpoint
 from ddp_cifar.run.run_dir import RunDir
 from ddp_cifar.training.build import check_micro_batches, initial_weights, source_of_weights
+from ddp_cifar.training.loss import class_weights
 from ddp_cifar.training.optim import build_optimizer
 from ddp_cifar.training.parameters import describe_groups, freeze
 from ddp_cifar.training.precision import autocast
@@ -42,6 +44,9 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
         check_same_run(resumed, config)
     with open_world_alone() as world:
         dataset = dataset_metadata(config.data, world)
+    given_values(config.data, dataset.train.image_shape[0])  # only its checks
+    if isinstance(config.train.class_weights, list):
+        class_weights(config.train.class_weights, dataset.train.labels, len(dataset.classes))
     plan = plan_batches(config.train, world_size, len(dataset.train))
     model = build_model(config.model, len(dataset.classes), dataset.train.image_shape)
     frozen = freeze(model, config.model.freeze)

@@ -164,6 +164,8 @@ def test_with_more_ranks_than_micro_batches_there_is_advice_on_batchnorm_and_equ
         (("model.init=nowhere.pt",), ("model.init=nowhere.pt does not exist",)),
         (("data.name=imagefolder", "data.root=nowhere"), ("the folder nowhere/train does not exist",)),
         (("data.image_size=64",), ("data.image_size=64", "32 x 32")),
+        (("train.class_weights=[1,2]",), ("train.class_weights has 2 numbers", "10 classes")),
+        (("data.channels=1", "data.mean=imagenet"), ("data.mean=imagenet has 3 values", "1 channels")),
     ],
 )
 def test_a_user_error_of_the_run_is_found(

@@ -88,22 +88,32 @@ def normalization_for(config: DataConfig, dataset: DataSet) -> Normalization:
 
     Raises `UserError` if the number of values is not the number of channels.
     """
-    channels = dataset.train.image_shape[0]
+    given = given_values(config, dataset.train.image_shape[0])
+    mean, std = (given[key] or getattr(dataset.pixel_moments, key) for key in ("mean", "std"))
+    return Normalization(mean, std)
+
+
+def given_values(config: DataConfig, channels: int) -> dict[str, tuple[float, ...] | None]:
+    """Return `mean` and `std` as numbers per channel, None if the images determine them.
+
+    Raises `UserError` if the number of values is not the number of channels.
+    """
     by_default = "cifar10" if config.name in ("cifar10", "shapes") and channels == 3 else "auto"
-    values = {}
+    values: dict[str, tuple[float, ...] | None] = {}
     for key, given in (("mean", config.mean), ("std", config.std)):
         given = by_default if given is None else given
         if given == "auto":
-            values[key] = getattr(dataset.pixel_moments, key)
+            values[key] = None
             continue
-        values[key] = VALUES[given][key] if isinstance(given, str) else _numbers(given, channels)
-        if len(values[key]) != channels:
-            shown = given if isinstance(given, str) else list(values[key])
+        numbers = VALUES[given][key] if isinstance(given, str) else _numbers(given, channels)
+        if len(numbers) != channels:
+            shown = given if isinstance(given, str) else list(numbers)
             raise UserError(
-                f"data.{key}={shown} has {len(values[key])} values, but the images have {channels} channels: use one number "
-                f"per channel, or data.{key}=auto"
+                f"data.{key}={shown} has {len(numbers)} values, but the images have {channels} channels: use one number per "
+                f"channel, or data.{key}=auto"
             )
-    return Normalization(**values)
+        values[key] = numbers
+    return values
 
 
 def _numbers(given: Any, channels: int) -> tuple[float, ...]:
