@@ -15,8 +15,8 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
 from ddp_cifar.config import load_config
-from ddp_cifar.data.augment import MEAN, STD
 from ddp_cifar.data.dataset import DataSet, Split
+from ddp_cifar.data.normalization import VALUES
 from ddp_cifar.distributed.world import World
 from ddp_cifar.tracking import build_tracker
 from ddp_cifar.tracking.base import NullTracker, Tracker
@@ -54,7 +54,7 @@ def random_cifar10(num_images: int) -> CIFAR10:
             transforms.RandomCrop(32, padding=4),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
+            transforms.Normalize(**VALUES["cifar10"]),
         ]
     )
     dataset.target_transform = None
