@@ -129,7 +129,8 @@ class Cluster:
         done = subprocess.run(
             [SCRIPT, *arguments],
             cwd=cwd,
-            env=environment_of(CLUSTER_DIR=str(self.folder), **(env or {})),
+            # slower steps: Slurm takes seconds to act
+            env=environment_of(CLUSTER_DIR=str(self.folder), PACE_S="0.1", **(env or {})),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
