@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -178,8 +179,14 @@ def test_ranks_exit_if_their_torchrun_is_killed(run: Run, uninterrupted: Result)
 def test_a_killed_node_is_started_again_and_the_run_continues(run: Run, tmp_path: Path) -> None:
     """As a scheduler would do it: all processes of the node that does not host the rendezvous are killed and restarted."""
     arguments = ("train.epochs=6",)
-    head = f"127.0.0.1:{random.Random(os.getpid()).randrange(30000, 40000)}"
-    nodes = {"NNODES": "2", "HEAD": head, "RUN_ID": "two", "LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    port = random.Random(os.getpid()).randrange(30000, 40000)
+    nodes = {
+        "NNODES": "2",
+        "HEAD": f"127.0.0.1:{port}",
+        "RUN_ID": "two",
+        "LOCAL_ADDR": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     agents: list[subprocess.Popen[bytes]] = []
 
     def start_node() -> None:
@@ -193,7 +200,7 @@ def test_a_killed_node_is_started_again_and_the_run_continues(run: Run, tmp_path
             )
 
     start_node()
-    time.sleep(1)  # the first node hosts the rendezvous
+    assert wait_until(lambda: _is_listening(port), 60), "the first node hosts the rendezvous"
     start_node()
     assert wait_until(lambda: (run.path / "checkpoints" / "latest.pt").exists(), 90)
     victims = [pid for pids in processes(run.path).values() for pid in pids if _is_child_of(pid, agents[1].pid)]
@@ -206,6 +213,11 @@ def test_a_killed_node_is_started_again_and_the_run_continues(run: Run, tmp_path
     assert run.status == "finished"
     steps = [row["step"] for row in rows_of(run.path) if "train/epoch" not in row]
     assert steps == sorted(set(steps)), "each step once, in order"
+
+
+def _is_listening(port: int) -> bool:
+    sockets = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+    return re.search(rf":{port:04X} [0-9A-F:]+ 0A ", sockets) is not None
 
 
 def _is_child_of(pid: int, ancestor: int) -> bool:
