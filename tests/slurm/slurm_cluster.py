@@ -39,8 +39,10 @@ class Cluster:
         """Run a command on the head node. Options: cwd, env (added to the environment), timeout in seconds, check."""
         return self._script("exec", *command, **options)
 
-    def on(self, node: str, *command: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
-        return self._script("on", node, *command, check=check)
+    def on(
+        self, node: str, *command: str, check: bool = True, timeout: float = 60
+    ) -> "subprocess.CompletedProcess[str]":
+        return self._script("on", node, *command, check=check, timeout=timeout)
 
     def crash(self, node: str) -> None:
         """Cut a node's power; Slurm notices after 15 to 25 s."""

@@ -44,7 +44,7 @@ class Machines:
 
         def start(node: str) -> str:
             command = f"cd {shlex.quote(str(self.copy))}; {before.get(node, '')} {settings} {options} launch/preflight.sh {line}"
-            done = self.cluster.on(node, "bash", "-c", command, check=False)
+            done = self.cluster.on(node, "bash", "-c", command, check=False, timeout=180)
             return f"{done.stdout}{done.stderr}"
 
         with ThreadPoolExecutor() as machines:

@@ -65,7 +65,8 @@ class Job:
     def __init__(self, cluster: Cluster, folder: Path, *options: str, arguments: tuple[str, ...] = SHORT) -> None:
         self.cluster = cluster
         self.run_dir = folder / "run"
-        line = (*ARGUMENTS, *arguments, f"run_dir={self.run_dir}")
+        # as the uninterrupted run, whose result is compared bitwise
+        line = (*ARGUMENTS, "train.threads=1", *arguments, f"run_dir={self.run_dir}")
         self.id = cluster.sbatch(*options, TRAIN, *line, cwd=folder)
 
     @property
