@@ -268,7 +268,7 @@ def test_from_4_to_2_to_1_to_4_ranks_with_kills(run: Run, uninterrupted: Result)
     """The number of ranks changes the rounding of sums in the rows. It does not change ledgers and steps."""
     for ranks in (4, 2, 1):
         run.start(ranks=ranks)
-        time.sleep(1.5)
+        time.sleep(0.3)
         send([run.ranks()[-1]], signal.SIGKILL)
         run.end()
     result = run.finish(ranks=4)
