@@ -8,9 +8,9 @@ RUN := PATH="$(BIN):$$PATH"
 KILLS ?= 200
 
 help:
-	@echo "make demo       train on 2 processes with generated images (under two minutes after the set-up)"
+	@echo "make demo       train on 2 processes with generated images (two to five minutes after the set-up)"
 	@echo "make dashboard  start TensorBoard for runs/"
-	@echo "make test       run the linters and the fast tests (under 10 minutes)"
+	@echo "make test       run the linters and the fast tests (about 10 minutes on two fast cores)"
 	@echo "make test-all   run the linters and all tests"
 	@echo "make soak       kill real runs KILLS=200 times and compare them with uninterrupted runs (half an hour)"
 	@echo "make lint       run ruff, mypy --strict and shellcheck"
