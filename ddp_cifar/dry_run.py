@@ -56,9 +56,8 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
         load_weights(model, init, source_of_weights(config.model), new_head=True)
     try_training(model, config, len(dataset.classes), dataset.train.image_shape, _precision(config))
     optimizer = build_optimizer(model, config.optim)
-    Schedule(
-        optimizer, config.optim, steps_per_epoch=plan.steps_per_epoch, epochs=config.train.epochs
-    )  # only its checks
+    # only its checks
+    Schedule(optimizer, config.optim, steps_per_epoch=plan.steps_per_epoch, epochs=config.train.epochs)
     footprint = footprint_of(config, plan.micro_batch_size, dataset, model)
     size = functools.partial(megabytes, digits=0)
     lines = {

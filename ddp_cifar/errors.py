@@ -1,7 +1,9 @@
 """Errors that are shown as one line, and helpers for their messages."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+SHOWN = 5  # names in a message
 
 
 class UserError(ValueError):
@@ -28,3 +30,9 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
     """Return `did you mean X?` with up to `most` of the `known` names that are similar to `name`, "" if none is."""
     near = difflib.get_close_matches(name, list(known), n=most)
     return f"did you mean {' or '.join(near)}?" if near else ""
+
+
+def few_of(names: Sequence[str]) -> str:
+    """Return the first names, and the number of the others."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

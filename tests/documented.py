@@ -106,6 +106,12 @@ def command_of(page: str, part: str) -> str:
     return found[0]
 
 
+def modules_of(page: str) -> dict[str, str]:
+    """The Python files that a page asks to save, by name."""
+    text = (CHECKOUT / page).read_text()
+    return dict(re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)```", text, re.DOTALL))
+
+
 def copy_checkout(folder: Path) -> Path:
     """Copy the files of the checkout that a run needs to a new folder, whose name contains a space."""
     copy = folder / "a copy"

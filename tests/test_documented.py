@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torchvision
-from documented import PAGES, command_of, commands_in, commands_of, copy_checkout, pages
+from documented import PAGES, command_of, commands_in, commands_of, copy_checkout, modules_of, pages
 from launched import CHECKOUT
 from PIL import Image
 
@@ -268,9 +268,7 @@ def things(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy_checkout(folder)
     images_in(folder / "images")
     (folder / "documented_example.py").write_text(EXAMPLE)
-    for name, code in re.findall(
-        r"`(\w+\.py)`:\n\n```python\n(.*?)```", (CHECKOUT / "docs" / "augmentation.md").read_text(), re.DOTALL
-    ):
+    for name, code in modules_of("docs/augmentation.md").items():
         (folder / name).write_text(code)
     trained = shell("python", "-m", "ddp_cifar.train", *SHAPES, *SHORT, f"run_dir={folder / 'run'}")
     assert trained.status == 0, trained

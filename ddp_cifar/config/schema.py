@@ -194,7 +194,7 @@ class AugmentConfig:
     name: str | None = setting(None, role="identity")
     """User-defined augmentation, package.module:function. It is called with a micro-batch of training images (B, C, H, W) on the
     device, after crop and flip, and returns images of the same shape. Its random numbers are the same on any number of
-    ranks (docs/extending.md). null: none."""
+    ranks (docs/augmentation.md). null: none."""
     args: dict[str, Any] = setting({}, role="identity")
     """Keyword arguments of the user-defined augmentation: augment.args.KEY=VALUE."""
     dtype: Literal["uint8", "float32"] = setting("uint8", role="identity")
@@ -204,6 +204,11 @@ class AugmentConfig:
     cutmix: float = setting(0.0, at_least=0, role="identity")
     """Paste a box from one training image of a micro-batch into another, and mix their labels by area, with a share drawn
     from Beta(cutmix, cutmix). With `mixup` too, each micro-batch uses one of both, chosen at random. 0: off."""
+
+    @property
+    def mixes(self) -> bool:
+        """True if training has soft labels."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True)

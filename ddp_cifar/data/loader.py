@@ -219,7 +219,7 @@ class TrainLoader(EvalLoader):
             place = (self.seed, epoch, micro.step, micro.index)
             images, labels, sample_ids = self.gather(micro.indices, augmentations, *place)
             targets = labels
-            if self.config.mixup or self.config.cutmix:
+            if self.config.mixes:
                 images, share = mix(images, self.config, *place)
                 images = images.contiguous(memory_format=self.memory_format)
                 targets = soft_labels(labels, share, self.num_classes)

@@ -211,9 +211,8 @@ def add_projector(
         with torch.inference_mode():
             for some in images.split(batch_size):
                 inputs.clear()
-                logits = model.forward(
-                    normalization.normalize(some.to(device))
-                )  # not the compiled model: it runs no hooks
+                normalized = normalization.normalize(some.to(device))
+                logits = model.forward(normalized)  # not the compiled model: it runs no hooks
                 features.append((inputs[-1] if inputs else logits).flatten(1).float().cpu())
     finally:
         for hook in hooks:

@@ -10,9 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddp_cifar.command import counted
 from ddp_cifar.config import GroupConfig, OptimConfig
-from ddp_cifar.errors import UserError
-
-SHOWN = 5  # names in an error message
+from ddp_cifar.errors import UserError, few_of
 
 Groups = list[dict[str, Any]]
 """torch's parameter groups: `params`, and the options in which a group differs from the optimizer's."""
@@ -27,7 +25,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
     if not patterns:
         return ""
     named = dict(model.named_parameters())
-    frozen = {named[name] for pattern in patterns for name in match_names(pattern, list(named), "model.freeze")}
+    frozen = {named[name] for pattern in patterns for name in names_matching(pattern, list(named), "model.freeze")}
     for parameter in frozen:
         parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in named.values()):
@@ -59,7 +57,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> Groups:
     names = list(left)
     sections = []
     for section in config.groups:
-        found = [name for name in match_names(section.match, names, "optim.groups") if name in left]
+        found = [name for name in names_matching(section.match, names, "optim.groups") if name in left]
         if not found:
             raise UserError(
                 f"optim.groups: earlier patterns match all parameters that {section.match} matches; move it before them"
@@ -80,14 +78,11 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> Groups:
     return [group for group in groups if group["params"]]
 
 
-def match_names(pattern: str, names: Sequence[str], key: str) -> list[str]:
+def names_matching(pattern: str, names: Sequence[str], key: str) -> list[str]:
     """Return the names that match `pattern`. Raises `UserError`, which shows some names, if none does."""
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        raise UserError(
-            f"{key}: the pattern {pattern} matches no parameter; the model has {', '.join(names[:SHOWN])}{more}"
-        )
+        raise UserError(f"{key}: the pattern {pattern} matches no parameter; the model has {few_of(names)}")
     return found
 
 

@@ -18,16 +18,16 @@ from torch.utils._pytree import tree_map_only
 
 from ddp_cifar.config import Config
 from ddp_cifar.data.augment import build_function, soft_labels
-from ddp_cifar.errors import UserError, first_line
+from ddp_cifar.errors import SHOWN, UserError, few_of, first_line
 from ddp_cifar.models import unchanged_buffers
 from ddp_cifar.seeding import unchanged_generators
 from ddp_cifar.training.fingerprint import fingerprint
 from ddp_cifar.training.loss import TrainingLoss
 from ddp_cifar.training.optim import build_optimizer, start_training
 from ddp_cifar.training.precision import autocast
+from ddp_cifar.training.step import restore
 
 NUM_IMAGES = 2
-SHOWN = 5  # names in an error message
 
 
 def try_training(
@@ -49,8 +49,8 @@ def try_training(
         buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in model.named_buffers()}
         with _named(f"model.name={config.model.name} cannot train"), autocast(precision, device):
             logits = model.train()(images)
-        mixes = config.augment.mixup or config.augment.cutmix
-        with _named(f"train.loss={config.train.loss} fails" + " on soft labels (mixup or cutmix)" * bool(mixes)):
+        soft = " on soft labels (mixup or cutmix)" * config.augment.mixes
+        with _named(f"train.loss={config.train.loss} fails{soft}"):
             losses = _losses(config, logits.float(), labels)
         with _named(f"model.name={config.model.name} cannot train"):
             losses.mean().backward()
@@ -66,7 +66,7 @@ def try_training(
 def _losses(config: Config, logits: Tensor, labels: Tensor) -> Tensor:
     """Return the (B,) losses of the training loss, with soft labels if the run has them."""
     targets = labels
-    if config.augment.mixup or config.augment.cutmix:
+    if config.augment.mixes:
         targets = soft_labels(labels, 0.5, logits.shape[1])
     losses = TrainingLoss(config.train, weights=None)(logits, targets)
     if not isinstance(losses, Tensor) or losses.shape != labels.shape or not losses.is_floating_point():
@@ -105,9 +105,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             model.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for parameter, before in zip(model.parameters(), kept, strict=True):
-                    parameter.copy_(before)
+            restore(model.parameters(), kept)
 
 
 def _check_gradients(model: nn.Module, name: str) -> None:
@@ -115,7 +113,7 @@ def _check_gradients(model: nn.Module, name: str) -> None:
     unused = [key for key, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
     if unused:
         raise UserError(
-            f"model.name={name} has parameters that its forward pass does not use: {_shown(unused)}; remove them, or set "
+            f"model.name={name} has parameters that its forward pass does not use: {few_of(unused)}; remove them, or set "
             f"requires_grad=False"
         )
 
@@ -125,7 +123,7 @@ def _check_buffers(model: nn.Module, name: str, before: Mapping[str, tuple[torch
     changed = [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
     if changed:
         raise UserError(
-            f"model.name={name}: a forward pass changes the shape or type of the buffers {_shown(sorted(changed))}; expected "
+            f"model.name={name}: a forward pass changes the shape or type of the buffers {few_of(sorted(changed))}; expected "
             f"buffers that keep them"
         )
 
@@ -159,8 +157,3 @@ def _foreign(value: Any, path: str = "state") -> list[str]:
     if isinstance(value, list | tuple | set):
         return [line for place, item in enumerate(value) for line in _foreign(item, f"{path}[{place}]")][:SHOWN]
     return [f"{path}, a {type(value).__module__}.{type(value).__name__}"]
-
-
-def _shown(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

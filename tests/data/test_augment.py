@@ -1,15 +1,14 @@
 """Crop, flip, cutout, user-defined augmentation, mixup and cutmix."""
 
 import random
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from documented import modules_of
 from helpers import config_of, make_trainer, random_dataset, random_split
-from launched import CHECKOUT
 from torch import Tensor
 from torchvision import transforms
 
@@ -225,8 +224,7 @@ def test_an_augmentation_that_cannot_be_used_is_rejected_before_training(
 def test_the_augmentations_of_the_page_differ_per_image(
     name: str, dtype: str, alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (CHECKOUT / "docs" / "augmentation.md").read_text()
-    for file, code in re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)```", page, re.DOTALL):
+    for file, code in modules_of("docs/augmentation.md").items():
         (tmp_path / file).write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     one = random_split(1).images[0]
