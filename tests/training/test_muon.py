@@ -93,18 +93,18 @@ def hidden_names(model: nn.Module) -> list[str]:
 
 def test_the_first_and_the_last_layer_are_not_hidden() -> None:
     convolutions = [f"conv_layer.{number}.weight" for number in (3, 6, 9, 13, 16)]
-    assert hidden_names(build_model(config_of().model, 10, 32)) == [
+    assert hidden_names(build_model(config_of().model, 10, (3, 32, 32))) == [
         *convolutions,
         "fc_layer.1.weight",
         "fc_layer.3.weight",
     ]
-    resnet = hidden_names(build_model(config_of("model.name=resnet9").model, 10, 32))
+    resnet = hidden_names(build_model(config_of("model.name=resnet9").model, 10, (3, 32, 32)))
     assert (resnet[0], resnet[-1], len(resnet)) == ("blocks.0.0.weight", "blocks.7.convolutions.1.0.weight", 7)
     assert hidden_names(WithTokens()) == ["hidden.weight"]
 
 
 def test_groups_are_split_into_muon_and_adamw() -> None:
-    model = build_model(config_of().model, 10, 32)
+    model = build_model(config_of().model, 10, (3, 32, 32))
     config = config_of("optim.name=muon", "optim.lr=0.5", "optim.groups=[{match: fc_layer.*, lr_factor: 0.1}]").optim
     groups = build_optimizer(model, config).param_groups
     assert [(len(group["params"]), group["muon"], group["lr"]) for group in groups] == [
@@ -117,7 +117,9 @@ def test_groups_are_split_into_muon_and_adamw() -> None:
 
 def test_unknown_arguments_give_one_line() -> None:
     with pytest.raises(UserError, match=r"optim.name=muon does not accept optim.args={'beta': 1} \(.*'beta'\)$"):
-        build_optimizer(build_model(config_of().model, 10, 32), config_of("optim.name=muon", "optim.args.beta=1").optim)
+        build_optimizer(
+            build_model(config_of().model, 10, (3, 32, 32)), config_of("optim.name=muon", "optim.args.beta=1").optim
+        )
 
 
 def whole_and_resumed(world: World) -> tuple[str, str]:
