@@ -1,7 +1,10 @@
 """Errors that are shown as one line, and helpers for their messages."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 SHOWN = 5  # names in a message
 
@@ -24,6 +27,28 @@ class RunError(RuntimeError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the error's type if it has no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def user_code(problem: str, expected: str = "") -> Iterator[None]:
+    """Turn any exception of the body, which calls user-defined code, into a `UserError`.
+
+    Its message is `problem: the exception's first line (file.py:12); expected`. A `UserError` stays as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # user-defined code may raise anything
+        raise UserError(f"{problem}: {first_line(error)}{_place(error)}{expected and '; ' + expected}") from error
+
+
+def _place(error: BaseException) -> str:
+    """` (models.py:31)`: the innermost line that is neither in an installed package nor in this one; "" if there is none."""
+    here = str(Path(__file__).parent)
+    files = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((here, "<"))]
+    own = [frame for frame in files if not {"site-packages", "dist-packages"} & {*Path(frame.filename).parts}]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddp_cifar.config import AugmentConfig, ImageShape
 from ddp_cifar.data.normalization import scale_images
-from ddp_cifar.errors import UserError, first_line
+from ddp_cifar.errors import UserError, user_code
 from ddp_cifar.registry import call, resolve
 from ddp_cifar.seeding import derive_seed, generator
 
@@ -124,12 +124,8 @@ def build_function(config: AugmentConfig) -> Function | None:
 
     def augment(images: Tensor) -> Tensor:
         given = images.float() / 255 if config.dtype == "float32" else images
-        try:
+        with user_code(f"{key}={name} fails on {_described(given)}"):
             found = call(key, name, function, given, **config.args)
-        except UserError:
-            raise
-        except Exception as error:  # user-defined code may raise anything
-            raise UserError(f"{key}={name} fails on {_described(given)}: {first_line(error)}") from error
         valid = isinstance(found, Tensor) and found.shape == images.shape and found.device == images.device
         if not valid or found.dtype not in (torch.uint8, torch.float32):
             raise UserError(

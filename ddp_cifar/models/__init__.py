@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ddp_cifar.config import ImageShape, ModelConfig
-from ddp_cifar.errors import UserError, first_line
+from ddp_cifar.errors import UserError, first_line, user_code
 from ddp_cifar.registry import call, resolve
 from ddp_cifar.seeding import unchanged_generators
 
@@ -44,11 +44,8 @@ def _materialize(model: nn.Module, name: str, image_shape: ImageShape) -> None:
     """Give lazy layers their shapes, and initial weights, by a forward pass. Raises `UserError` if it fails."""
     if not any(isinstance(module, LazyModuleMixin) for module in model.modules()):
         return
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(2, *image_shape))
-    except Exception as error:  # user-defined code may raise anything
-        raise UserError(f"model.name={name} fails on its first forward pass: {first_line(error)}") from error
+    with user_code(f"model.name={name} fails on its first forward pass"), torch.no_grad():
+        model.eval()(torch.zeros(2, *image_shape))
 
 
 def fails_on_one_image(model: nn.Module, num_classes: int, image_shape: ImageShape) -> str:

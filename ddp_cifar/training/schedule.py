@@ -13,7 +13,7 @@ from typing import Any
 from torch.optim import Adam, Optimizer
 
 from ddp_cifar.config import OptimConfig
-from ddp_cifar.errors import UserError, first_line
+from ddp_cifar.errors import UserError, user_code
 from ddp_cifar.registry import resolve
 
 
@@ -109,12 +109,8 @@ class Schedule:
             return (step + 1) / self.warmup_steps
         step, total_steps = step - self.warmup_steps, self.total_steps - self.warmup_steps
         called = f"optim.schedule={self.config.schedule}, called with ({step}, {total_steps}),"
-        try:
+        with user_code(f"{called} failed", "expected a function of (step, total_steps) that returns a number"):
             factor = float(self.function(step, total_steps))
-        except Exception as error:  # user-defined code may raise anything
-            raise UserError(
-                f"{called} failed: {first_line(error)}; expected a function of (step, total_steps) that returns a number"
-            ) from error
         if not 0 <= factor < math.inf:
             raise UserError(f"{called} returned {factor}; expected a finite number, 0 or more")
         return factor

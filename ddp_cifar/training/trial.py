@@ -6,9 +6,7 @@ they were.
 
 import contextlib
 import io
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from ddp_cifar.config import Config
 from ddp_cifar.data.augment import build_function, soft_labels
-from ddp_cifar.errors import SHOWN, UserError, few_of, first_line
+from ddp_cifar.errors import SHOWN, UserError, few_of, first_line, user_code
 from ddp_cifar.models import unchanged_buffers
 from ddp_cifar.seeding import unchanged_generators
 from ddp_cifar.training.fingerprint import fingerprint
@@ -47,19 +45,19 @@ def try_training(
         optimizer = build_optimizer(model, config.optim)
         start_training(optimizer)
         buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in model.named_buffers()}
-        with _named(f"model.name={config.model.name} cannot train"), autocast(precision, device):
+        with user_code(f"model.name={config.model.name} cannot train"), autocast(precision, device):
             logits = model.train()(images)
         soft = " on soft labels (mixup or cutmix)" * config.augment.mixes
-        with _named(f"train.loss={config.train.loss} fails{soft}"):
+        with user_code(f"train.loss={config.train.loss} fails{soft}"):
             losses = _losses(config, logits.float(), labels)
-        with _named(f"model.name={config.model.name} cannot train"):
+        with user_code(f"model.name={config.model.name} cannot train"):
             losses.mean().backward()
         _check_gradients(model, config.model.name)
         _check_buffers(model, config.model.name, buffers)
-        with _named(f"optim.name={config.optim.name} cannot make an update"):
+        with user_code(f"optim.name={config.optim.name} cannot make an update"):
             optimizer.step()
         _check_checkpoint(model, optimizer, config)
-        with _named(f"model.name={config.model.name}: its weights have no fingerprint"):
+        with user_code(f"model.name={config.model.name}: its weights have no fingerprint"):
             fingerprint(model)
 
 
@@ -76,24 +74,6 @@ def _losses(config: Config, logits: Tensor, labels: Tensor) -> Tensor:
             f"({len(labels)},); use reduction='none'"
         )
     return losses
-
-
-@contextlib.contextmanager
-def _named(problem: str) -> Iterator[None]:
-    """Turn any exception of the body into a `UserError` of one line, with the place in the user's code."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # user-defined code may raise anything
-        raise UserError(f"{problem}: {first_line(error)}{_place(error)}") from error
-
-
-def _place(error: BaseException) -> str:
-    """` (models.py:31)`: the innermost line that is not in an installed package; "" if there is none."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
-    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
 
 
 @contextlib.contextmanager
@@ -134,7 +114,7 @@ def _check_checkpoint(model: nn.Module, optimizer: Optimizer, config: Config) ->
         ("model.name", config.model.name, model.state_dict()),
         ("optim.name", config.optim.name, optimizer.state_dict()),
     ):
-        with _named(f"{key}={name}: its state cannot be saved"):
+        with user_code(f"{key}={name}: its state cannot be saved"):
             empty = tree_map_only(Tensor, lambda tensor: tensor.new_empty(0), state)
             torch.save(empty, buffer := io.BytesIO())
         buffer.seek(0)
