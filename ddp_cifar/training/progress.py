@@ -78,10 +78,18 @@ class Progress:
 
     def ends_early(self, config: Config) -> bool:
         """True if the last evaluation was at least `train.patience_epochs` epochs after the best one."""
-        patience, is_evaluated = config.train.patience_epochs, self.epoch % config.eval.every == 0
-        if patience is None or self.best_step is None or self.step_in_epoch or not is_evaluated:
+        return not self.step_in_epoch and self._patience_is_over(config, self.epoch)
+
+    def may_end_early(self, config: Config) -> bool:
+        """True if the evaluation of this epoch, when its steps are done, ends the run unless it is the best one."""
+        return self._patience_is_over(config, self.epoch + 1)
+
+    def _patience_is_over(self, config: Config, epochs: int) -> bool:
+        """True if an evaluation after `epochs` whole epochs is `train.patience_epochs` or more after the best one."""
+        patience = config.train.patience_epochs
+        if patience is None or self.best_step is None or epochs % config.eval.every:
             return False
-        return (self.step - self.best_step) * self.epoch >= patience * self.step  # an epoch has step / epoch steps
+        return (self.step - self.best_step) * epochs >= patience * self.step  # an epoch has step / epochs steps
 
     def state_dict(self) -> State:
         return dataclasses.asdict(self)

@@ -167,7 +167,7 @@ class Trainer:
         is_best, logits = False, None
         if is_last or due(number, config.eval.every):
             started = time.perf_counter()
-            shown = self.dashboard.split_to_show(number, is_last=is_last)
+            shown = self.dashboard.split_to_show(number, is_last=is_last or progress.may_end_early(config))
             results, logits = self.evaluator.run(progress, keep_logits_of=shown, on_batch=self.sync_ranks)
             row |= results | {"time/evaluation_s": time.perf_counter() - started}
             is_best = progress.record(results)  # all at once: a stop during the evaluation keeps the earlier results

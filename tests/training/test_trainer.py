@@ -306,11 +306,16 @@ CONSTANT = (
 """A run whose validation accuracy does not change."""
 
 
-def test_a_run_ends_early_without_a_better_validation_accuracy_also_after_a_resume(alone: World) -> None:
+def test_a_run_ends_early_without_a_better_validation_accuracy_also_after_a_resume(
+    alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_of(*CONSTANT, "data.val_images=20", "train.patience_epochs=2")
     dataset = random_dataset(68, val=20)  # 3 steps per epoch
     whole = make_trainer(alone, config, dataset)
+    shown: list[int] = []
+    monkeypatch.setattr(whole.dashboard, "show_evaluation", lambda logits, step: shown.append(step))
     assert whole.fit() == ""
+    assert shown == [9], "the last evaluation has pictures"
     assert (whole.progress.epoch, whole.progress.step, whole.progress.best_step) == (3, 9, 3)
     assert whole.progress.is_finished(config)
     first = make_trainer(
