@@ -42,14 +42,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         checkpoint = write_checkpoint(Path(name, "cnn.pt"))
         folders = [write_images(Path(name, f"{count}"), count) for count in (few, many)]
-        peaks: list[tuple[float, ...]] = []
+        peaks: list[tuple[float, float]] = []
 
         def images_per_s(ranks: int) -> float:
             runs = [predict(ranks, options.batch, checkpoint, folder) for folder in folders]
-            seconds, megabytes = zip(*runs, strict=True)
+            (seconds_few, megabytes_few), (seconds_many, megabytes_many) = runs
             if ranks == 1:
-                peaks.append(megabytes)
-            return (many - few) / (seconds[1] - seconds[0])
+                peaks.append((megabytes_few, megabytes_many))
+            rate: float = (many - few) / (seconds_many - seconds_few)
+            return rate
 
         def files_per_s(search: str) -> float:
             started = time.perf_counter()
@@ -90,7 +91,7 @@ def write_images(folder: Path, count: int) -> Path:
     return folder
 
 
-def predict(ranks: int, batch: int, checkpoint: Path, folder: Path) -> tuple[float, int]:
+def predict(ranks: int, batch: int, checkpoint: Path, folder: Path) -> tuple[float, float]:
     """Return the seconds that the command takes, and its peak memory in MB; with several ranks, the launcher's."""
     launcher = [sys.executable] if ranks == 1 else torchrun(ranks)
     options = ["--output", f"{folder}.csv", "--batch-size", f"{batch}", "--device", "cpu"]

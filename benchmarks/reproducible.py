@@ -8,6 +8,8 @@ The two take turns in the same processes:
     torchrun --nproc_per_node=3 benchmarks/reproducible.py --micro 48       # 8 micro-batches over 3 ranks
 """
 
+import functools
+
 import torch
 from common import Comparison, arguments, batch_sizes, make_trainer, report, title_of
 
@@ -42,7 +44,7 @@ def main() -> None:
             train_on(trainer, options.steps)
 
         contenders = {
-            name: timed(lambda trainer=trainer: slice_of(trainer), images, world) for name, trainer in trainers.items()
+            name: timed(functools.partial(slice_of, trainer), images, world) for name, trainer in trainers.items()
         }
         rates = take_turns(contenders, options.rounds)
         if world.is_main:

@@ -53,7 +53,7 @@ class Training:
         deadline = time.monotonic() + TIMEOUT_S
         while len(rates := self.step_rates()) < count:
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{self.process.args} makes no progress:\n{self.output.read_text()}")
+                raise SystemExit(f"{self.process.args!r} makes no progress:\n{self.output.read_text()}")
             time.sleep(0.05)
         return rates
 
