@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ddp_cifar.command import Arguments, percent, run_command, writing
 from ddp_cifar.config import as_typed, result_keys, short_names
 from ddp_cifar.errors import UserError, first_line
 from ddp_cifar.log import log, show
-from ddp_cifar.run.run_dir import RunDir
+from ddp_cifar.run.run_dir import RunDir, read_rows
 
 Row = dict[str, Any]
 
@@ -40,13 +38,11 @@ class Run:
         """Read the run_dir `path`. Raises `UserError` if it is none."""
         run_dir = RunDir(str(path))
         try:
-            config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-            lines = run_dir.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            # while the run is running, its last line may be incomplete
-            rows = [json.loads(line) for line in lines if line.endswith("\n")]
+            config = run_dir.read_config()
+            rows = list(read_rows(run_dir.metrics))
         except OSError as error:
             raise UserError(f"{path} is not a run_dir ({error.strerror}: {error.filename})") from error
-        except (yaml.YAMLError, ValueError) as error:
+        except ValueError as error:
             raise UserError(f"{path} is damaged: {first_line(error)}") from error
         return Run(path, run_dir.read_status(), result_keys(config), rows)
 

@@ -134,7 +134,7 @@ def state_of(value: float = 1.0) -> dict[str, Any]:
     return {
         "model": {"weight": torch.full((1000,), value)},
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"betas": (0.9, 0.999)}]},
-        "progress": {"step": 3, "results": {"test/accuracy": 0.5}},
+        "progress": {"step": 3, "epoch": 1, "step_in_epoch": 0, "results": {"test/accuracy": 0.5}},
         "config": {"seed": 0, "clip": None},
     }
 

@@ -22,7 +22,7 @@ LEVELS = """
     command
     config distributed
     registry log
-    errors seeding
+    errors seeding text_files
 """
 LEVEL_OF = {part: number for number, line in enumerate(LEVELS.split("\n")) for part in line.split()}
 MAX_LINES = 300

@@ -325,7 +325,12 @@ def test_a_checkpoint_has_the_state_at_the_time_of_the_save(tmp_path: Path, monk
 
     monkeypatch.setattr(module, "save_checkpoint", slow)
     weight = torch.zeros(1000)
-    state = {"model": {"weight": weight}, "optimizer": {}, "progress": {"step": 1}, "config": {}}
+    state = {
+        "model": {"weight": weight},
+        "optimizer": {},
+        "progress": {"step": 1, "epoch": 0, "step_in_epoch": 1, "results": {}},
+        "config": {},
+    }
     expected = digest(state)
     checkpoints = Checkpoints(tmp_path, keep=1)
     started = time.monotonic()

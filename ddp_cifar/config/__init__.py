@@ -30,7 +30,7 @@ from ddp_cifar.config.schema import (
     setting_of,
     to_dict,
 )
-from ddp_cifar.config.text import as_argument, as_typed, entries, help_text, short_names, to_yaml
+from ddp_cifar.config.text import as_argument, as_typed, by_looks, entries, help_text, parse_yaml, short_names, to_yaml
 
 __all__ = [
     "PRESETS",
@@ -50,6 +50,7 @@ __all__ = [
     "TrainConfig",
     "as_argument",
     "as_typed",
+    "by_looks",
     "entries",
     "fields",
     "flatten",
@@ -57,6 +58,7 @@ __all__ = [
     "help_text",
     "keys_with_role",
     "load_config",
+    "parse_yaml",
     "read_yaml",
     "result_keys",
     "setting_of",

@@ -16,6 +16,7 @@ from ddp_cifar.config.text import by_looks, entries, help_text, parse_yaml, to_y
 from ddp_cifar.errors import UserError, first_line
 from ddp_cifar.log import show
 from ddp_cifar.registry import BUILT_IN, check_name
+from ddp_cifar.text_files import read_text
 
 
 def load_config(argv: Sequence[str], base: Mapping[str, Any] | None = None) -> Config:
@@ -36,6 +37,9 @@ def load_config(argv: Sequence[str], base: Mapping[str, Any] | None = None) -> C
     layers = []
     if base is not None:
         known = {key: value for key, value in flatten(base).items() if find_setting(key)}
+        for key, value in known.items():
+            if "${" in str(value):  # could read this process's environment; a checkpoint has resolved values
+                raise UserError(f"the checkpoint's {key}={value} is an interpolation: expected a value")
         layers.append(("the checkpoint's ", known))
     if files:
         layers.append(("", {"run_dir": f"runs/{Path(files[0]).stem}"}))
@@ -66,9 +70,11 @@ def load_config(argv: Sequence[str], base: Mapping[str, Any] | None = None) -> C
 def read_yaml(path: str) -> yaml.Node | None:
     """Return the content of a YAML file as nodes, None if it is empty. Raises `UserError` if it cannot be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        text = read_text(Path(path))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        if isinstance(error, UnicodeDecodeError):
+            reason = "it is not UTF-8 text"
         raise UserError(f"cannot read the config file {path}: {reason}") from error
     return parse_yaml(text, f"{path} is not YAML")
 

@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import yaml
@@ -16,15 +17,17 @@ from ddp_cifar.config.schema import Config, Setting, fields, find_setting, to_di
 from ddp_cifar.errors import UserError, first_line
 from ddp_cifar.registry import BUILT_IN
 
+MAX_NODES = 100_000
+
 
 def parse_yaml(text: str, problem: str) -> yaml.Node | None:
     """Parse YAML into nodes, which keep each value's original text; None for an empty text.
 
-    Raises `UserError`, which begins with `problem`, if it is not YAML or has a duplicate key.
+    Raises `UserError`, which begins with `problem`, if it is not YAML, has a duplicate key, or has too many values.
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        _check_keys(node)
+        _check_nodes(node, itertools.count(1))
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or first_line(error)
@@ -32,10 +35,17 @@ def parse_yaml(text: str, problem: str) -> yaml.Node | None:
     return node
 
 
-def _check_keys(node: yaml.Node | None) -> None:
+def _check_nodes(node: yaml.Node | None, counter: Iterator[int]) -> None:
+    """Count the nodes as often as aliases repeat them: nested aliases can turn a few lines into billions of values."""
+    if node is not None and next(counter) > MAX_NODES:
+        raise yaml.MarkedYAMLError(
+            problem=f"more than {MAX_NODES:,} values, counting aliases", problem_mark=node.start_mark
+        )
+    if node is not None and not re.fullmatch(r"tag:yaml\.org,2002:\w+", node.tag):
+        raise yaml.MarkedYAMLError(problem=f"the tag {node.tag} is not allowed", problem_mark=node.start_mark)
     if isinstance(node, yaml.SequenceNode):
         for child in node.value:
-            _check_keys(child)
+            _check_nodes(child, counter)
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, child in node.value:
@@ -44,7 +54,7 @@ def _check_keys(node: yaml.Node | None) -> None:
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value}", problem_mark=node.start_mark)
             seen.add(key.value)
-            _check_keys(child)
+            _check_nodes(child, counter)
 
 
 def entries(node: yaml.MappingNode) -> dict[str, yaml.Node]:

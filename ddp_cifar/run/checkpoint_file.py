@@ -8,7 +8,9 @@ and `std`); `ema` (averaged weights) and `scaler` (for fp16) if the run has them
 import hashlib
 import io
 import os
+import re
 import textwrap
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,10 @@ State = dict[str, Any]
 
 PARTS = ("model", "optimizer", "progress", "config")
 """The keys of every checkpoint."""
+
+MAX_VALUES = 1_000_000
+MAX_GROWTH, MIN_LIMIT_BYTES = 4, 64 * 2**20
+"""The tensors of a file may have MAX_GROWTH times its bytes, because tensors may share memory, plus MIN_LIMIT_BYTES."""
 
 
 def digest(state: object) -> str:
@@ -118,8 +124,23 @@ def load_checkpoint(path: Path) -> State:
             f"{path} is not a checkpoint of a run: it has no {missing[0]}, expected {', '.join(PARTS)}; "
             f"to start a new run from weights alone, use model.init={path}"
         )
+    for part in PARTS:
+        if not isinstance(state[part], dict) or not all(isinstance(key, str) for key in state[part]):
+            raise UserError(f"{path} is damaged: its {part} is not a dict of names; use another checkpoint")
+    if not _has_progress(state["progress"]):
+        raise UserError(f"{path} is damaged: its progress is not numbers of steps and epochs; use another checkpoint")
     verify_digest(path, state)
     return state  # type: ignore[no-any-return]
+
+
+def _has_progress(progress: State) -> bool:
+    counts = [progress.get(name) for name in ("step", "epoch", "step_in_epoch")]
+    results = progress.get("results")
+    return (
+        all(type(count) is int and count >= 0 for count in counts)
+        and isinstance(results, dict)
+        and all(isinstance(tag, str) and isinstance(value, float | int) for tag, value in results.items())
+    )
 
 
 def verify_digest(path: Path, state: State) -> None:
@@ -130,10 +151,31 @@ def verify_digest(path: Path, state: State) -> None:
 
 
 def read_file(path: Path) -> Any:
-    """Return the content of a `torch.save` file, on the CPU. Raises `UserError` if it is damaged or could run code."""
+    """Return the content of a `torch.save` file, on the CPU.
+
+    Raises `UserError` if it is damaged, could run code, or would need much more memory than its size.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file: expected a checkpoint, or a file of weights")
+    num_bytes = path.stat().st_size
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > num_bytes:
+                raise UserError(
+                    f"{path} is compressed, from {unpacked:,} to {num_bytes:,} bytes: torch.save does not do that"
+                )
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_size(path, content, num_bytes)
+        return content
+    except UserError:
+        raise
     except Exception as error:  # torch raises many exception types for damaged files
+        if blocked := re.search(r"GLOBAL (\S+) whose module", str(error)):
+            raise UserError(
+                f"{path} would call {blocked[1]} on loading: it is not a file of weights; do not load it"
+            ) from error
         if "Unsupported global" in str(error):
             raise UserError(
                 f"{path} is a pickle of whole objects, such as a module, and could run code on loading; to convert it, run this "
@@ -144,6 +186,30 @@ def read_file(path: Path) -> Any:
         raise UserError(
             f"{path} cannot be read as a checkpoint ({reason}): it is damaged, or not a ddp_cifar checkpoint"
         ) from error
+
+
+def _check_size(path: Path, content: object, num_bytes: int) -> None:
+    """Raise `UserError` if `content` repeats few bytes or values so often that a copy or a digest of it would not end.
+
+    A tensor may repeat one number (stride 0), and nested lists may share their items.
+    """
+    limit, tensor_bytes = MAX_GROWTH * num_bytes + MIN_LIMIT_BYTES, 0
+    left = [content]
+    for _ in range(MAX_VALUES):
+        if not left:
+            return
+        value = left.pop()
+        if isinstance(value, Mapping):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            left += value
+        elif isinstance(value, Tensor):
+            tensor_bytes += value.numel() * value.element_size()
+            if tensor_bytes > limit:
+                break
+    raise UserError(
+        f"{path} has {num_bytes:,} bytes, but its values would need far more memory: it is not a file of weights"
+    )
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ddp_cifar.command import leave
 from ddp_cifar.distributed.world import World
+from ddp_cifar.text_files import parse_json, read_text
 
 INTERVALS = 50
 """The least number of heartbeats within `train.hang_timeout_s`."""
@@ -168,7 +169,8 @@ class NullHeartbeat:
 def read_sign(folder: Path, rank: int) -> Sign | None:
     """Return a rank's last heartbeat, or None if there is none."""
     try:
-        return Sign(**json.loads((folder / f"rank_{rank}").read_text()))
+        sign = Sign(**parse_json(read_text(folder / f"rank_{rank}")))
+        return sign if isinstance(sign.time, float | int) and isinstance(sign.step, int) else None
     except (OSError, ValueError, TypeError):
         return None
 

@@ -22,11 +22,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeGuard
 
+from ddp_cifar.config import by_looks, parse_yaml
 from ddp_cifar.distributed.environment import is_lost_peer
 from ddp_cifar.errors import UserError, first_line
 from ddp_cifar.log import log
+from ddp_cifar.text_files import parse_json, read_lines, read_text
 
 CLAIM_TIMEOUT_S = 5.0
 """The longest wait for the processes of an earlier start to exit."""
@@ -143,10 +145,19 @@ class RunDir:
         """Return all starts of the run, oldest first."""
         starts = []
         with contextlib.suppress(FileNotFoundError):
-            for line in self.starts.read_text(encoding="utf-8").splitlines():
+            for line in read_lines(self.starts):
                 with contextlib.suppress(ValueError, TypeError):  # a crash may leave an incomplete line
-                    starts.append(Start(**json.loads(line)))
+                    start = Start(**parse_json(line))
+                    if all(isinstance(value, float | int) for key, value in asdict(start).items() if key != "found"):
+                        starts.append(start)
         return starts
+
+    def read_config(self) -> dict[str, Any]:
+        """Return the content of config.yaml as nested dicts. Raises `OSError`, or `ValueError` if it has no keys."""
+        config = by_looks(parse_yaml(read_text(self.path / "config.yaml"), "config.yaml is not YAML"))
+        if not isinstance(config, dict):
+            raise ValueError("config.yaml has no keys")
+        return config
 
     def write_config(self, text: str) -> None:
         """Write the resolved config to config.yaml."""
@@ -167,8 +178,8 @@ class RunDir:
 
     def read_status(self) -> str:
         try:
-            return (self.path / "status").read_text().strip()
-        except OSError:
+            return next(read_lines(self.path / "status"), "").strip()
+        except (OSError, ValueError):
             return ""
 
     def write_status(self, status: str) -> None:
@@ -176,6 +187,31 @@ class RunDir:
             (self.path / "status").write_text(status + "\n")
         except OSError as error:
             log.warning(f"cannot write {self.path / 'status'} ({error.strerror}); the status is {status}")
+
+
+def read_rows(metrics: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a metrics.jsonl. While a run is running, its last line may be incomplete; it is skipped.
+
+    Raises `OSError`, or `ValueError` if a line is not a row: a step, and numbers, null or text by tag.
+    """
+    for number, line in enumerate(read_lines(metrics), 1):
+        if line.endswith("\n"):
+            row = parse_json(line)
+            if not is_row(row):
+                raise ValueError(f"line {number} of {metrics.name} is not a row of metrics")
+            yield row
+
+
+def is_row(value: object) -> TypeGuard[dict[str, Any]]:
+    """True for a row of metrics.jsonl. Only fingerprints are text."""
+    return (
+        isinstance(value, dict)
+        and type(value.get("step")) is int
+        and all(
+            item is None or isinstance(item, str if tag == "fingerprint" else float | int)
+            for tag, item in value.items()
+        )
+    )
 
 
 def lock_file(file: IO[str], timeout_s: float) -> bool:

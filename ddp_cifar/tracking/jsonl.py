@@ -4,9 +4,13 @@ import json
 import math
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ddp_cifar.errors import UserError
+from ddp_cifar.run.run_dir import is_row, read_rows
+from ddp_cifar.text_files import parse_json, read_lines
 from ddp_cifar.tracking.base import NullTracker, Scalars
 
 
@@ -44,32 +48,35 @@ class JsonLinesTracker(NullTracker):
 
 def last_value(metrics: Path, tag: str) -> float:
     """Return the value of `tag` in the last row that has it, or 0. The file must be cleaned by `drop_later_rows`."""
-    for line in reversed(metrics.read_text(encoding="utf-8").splitlines()):
-        if tag in (row := json.loads(line)):
-            return float(row[tag])
-    return 0.0
+    found = 0.0
+    for row in read_rows(metrics):
+        found = row.get(tag) or found
+    return found
 
 
 def drop_later_rows(path: Path, step: int, epoch: int) -> tuple[list[dict[str, Any]], bool]:
     """Drop the rows after `step` or `epoch`, and an incomplete row left by a crash.
 
-    Returns the kept rows, and True if a row of `step` itself was, or may have been, dropped.
+    Returns the kept rows, and True if a row of `step` itself was, or may have been, dropped. Raises `UserError` if the file is
+    not text.
     """
     lines: list[str] = []
     kept: list[dict[str, Any]] = []
     drops_at_step = False
     if not path.exists():
         return kept, drops_at_step
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in _lines(path):
         try:
-            row = json.loads(line)
-            whole = line.endswith("\n") and row["step"] <= step and row.get("train/epoch", 0) <= epoch
-            drops_at_step |= not whole and row["step"] <= step
-        except (ValueError, KeyError, TypeError):
-            whole, drops_at_step = False, True
-        if whole:
+            row = parse_json(line)
+        except ValueError:
+            row = None
+        if not is_row(row):
+            drops_at_step = True
+        elif line.endswith("\n") and row["step"] <= step and row.get("train/epoch", 0) <= epoch:
             lines.append(line)
             kept.append(row)
+        else:
+            drops_at_step |= row["step"] <= step
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.writelines(lines)
@@ -77,6 +84,13 @@ def drop_later_rows(path: Path, step: int, epoch: int) -> tuple[list[dict[str, A
         os.fsync(file.fileno())
     temporary.replace(path)
     return kept, drops_at_step
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        yield from read_lines(path)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; remove it, or choose another run_dir") from error
 
 
 def _is_not_json(value: float | str) -> bool:
