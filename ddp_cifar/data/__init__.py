@@ -18,13 +18,16 @@ from ddp_cifar.registry import call, resolve
 __all__ = ["DataSet", "Source", "Split", "build_dataset", "dataset_metadata", "files_of"]
 
 
-def build_dataset(config: DataConfig, world: World) -> DataSet:
+def build_dataset(config: DataConfig, world: World, *, read_only: bool = False) -> DataSet:
     """Read or generate the data set on every rank, and hold out data.val_images training images.
 
-    Raises `UserError` if it cannot be read, or if ranks have read different data.
+    With `read_only`, nothing is downloaded to data.root or decoded to data.cache. Raises `UserError` if it cannot be read, or
+    if ranks have read different data.
     """
     try:
-        dataset = _open_source(config).read(world).hold_out(config.val_images)
+        source = _open_source(config)
+        source.read_only = read_only
+        dataset = source.read(world).hold_out(config.val_images)
     except OSError as error:
         raise UserError(f"cannot read data.root={config.root} ({error.strerror}: {error.filename})") from error
     description = dataset.describe()

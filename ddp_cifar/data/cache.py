@@ -3,11 +3,13 @@
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
 
 
@@ -18,23 +20,36 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
     `OSError` if the folder cannot be written, and any exception of `make`.
     """
     if folder.is_dir():
+        check_owner(folder)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{folder.name}.tmp-{socket.gethostname()}-"
     with only_one(folder.with_name(f".{folder.name}.lock")) as is_alone:
         if folder.is_dir():
+            check_owner(folder)
             return
         if is_alone:
             # only of this host: on some cluster file systems a lock is local to a host, and another host may be working
-            for left_over in folder.parent.glob(f".{folder.name}.tmp-{socket.gethostname()}-*"):
+            for left_over in folder.parent.glob(f"{prefix}*"):
                 shutil.rmtree(left_over, ignore_errors=True)
-        temporary = folder.with_name(f".{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = folder.with_name(prefix + secrets.token_hex(8))  # a name that nobody could have used before
         temporary.mkdir()
         try:
             make(temporary)
             _rename(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_owner(folder: Path) -> None:
+    """Raise `UserError` if someone could have planted `folder`: it belongs neither to this user, to root, nor to whoever owns the
+    folder that it is in."""
+    owner = folder.lstat().st_uid
+    if owner not in (os.geteuid(), 0, folder.parent.stat().st_uid):
+        raise UserError(
+            f"{folder} belongs to another user (uid {owner}), who could have changed its images: set data.cache to a folder of "
+            f"your own"
+        )
 
 
 def _rename(temporary: Path, folder: Path) -> None:
@@ -49,7 +64,8 @@ def _rename(temporary: Path, folder: Path) -> None:
 @contextlib.contextmanager
 def only_one(path: Path) -> Iterator[bool]:
     """Hold a lock on `path` in the body. Yields False if the file system does not support locks."""
-    with open(path, "w") as lock:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # never through a link that someone planted
+    with open(os.open(path, flags, 0o666), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -53,6 +53,7 @@ class Cifar10(Source):
             self._open(train=False)
             return  # it exists, perhaps in a read-only folder
         root = Path(self.config.root)
+        self.check_may_write(f"CIFAR-10 is not in {root}")
         root.mkdir(parents=True, exist_ok=True)
         with only_one(root / ".cifar10.lock"):  # nodes that share the folder take turns downloading
             self._open(train=False, download=True)

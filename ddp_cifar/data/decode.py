@@ -35,7 +35,12 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-Image.MAX_IMAGE_PIXELS = None  # Pillow's limit protects against malicious files; these are the user's files
+MAX_PIXELS = 2**28
+"""The largest image that is decoded, 16,384 x 16,384 pixels, in 0.8 GB: a file of a few KB can claim to have more."""
+
+Image.MAX_IMAGE_PIXELS = (
+    None  # Pillow's limit is smaller, and does not know that a JPEG is decoded at a part of its size
+)
 
 
 class DecodeError(ValueError):
@@ -56,9 +61,11 @@ def decode(path: str | os.PathLike[str], image_shape: ImageShape) -> NDArray[np.
     try:
         with Image.open(path) as image:
             # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is still twice the needed size
+            whole = image.size
             channels, height, width = image_shape
             side = 2 * max(height, width)  # of a square, because the image may be rotated
             image.draft(None, (side, side))
+            _check_size(image, whole)
             upright = _to_rgb(_upright(image), image.format)
             if channels == 1:
                 upright = upright.convert("L")
@@ -75,6 +82,13 @@ def decode(path: str | os.PathLike[str], image_shape: ImageShape) -> NDArray[np.
         for name in (f" {os.fspath(path)!r}", f": {os.fspath(path)!r}"):
             reason = reason.replace(name, "")
         raise DecodeError(reason.strip(":")) from error
+
+
+def _check_size(image: Image.Image, whole: tuple[int, int]) -> None:
+    """Raise `DecodeError` if decoding needs too much memory. A progressive JPEG is decoded as a `whole`, then reduced."""
+    width, height = whole if image.info.get("progressive") else image.size
+    if width * height > MAX_PIXELS:
+        raise DecodeError(f"it has {whole[0]:,} x {whole[1]:,} pixels, the limit is {MAX_PIXELS:,} pixels")
 
 
 def _center(size: tuple[int, int], height: int, width: int) -> tuple[float, float, float, float]:

@@ -112,6 +112,8 @@ class ImageFolder(Source):
     def _decoded_folder(self) -> Path:
         """Return the cache folder, after creating it if it does not exist."""
         tree, folder = self._look()
+        if not folder.is_dir():
+            self.check_may_write(f"the images are not decoded in {folder.parent} yet")
         try:
             make_once(folder, lambda temporary: _decode_tree(tree, self.config, temporary))
         except OSError as error:

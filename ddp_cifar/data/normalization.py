@@ -122,5 +122,14 @@ def _numbers(given: Any, channels: int) -> tuple[float, ...]:
 
 
 def normalization_of(state: Mapping[str, Any]) -> Normalization:
-    """Return the normalization of a checkpoint. Older checkpoints have none: they were trained with CIFAR-10's."""
-    return Normalization(**state.get("normalization", VALUES["cifar10"]))
+    """Return the normalization of a checkpoint. Older checkpoints have none: they were trained with CIFAR-10's.
+
+    Raises `UserError` if it is not a mean and a std per channel.
+    """
+    values = state.get("normalization", VALUES["cifar10"])
+    try:
+        return Normalization(tuple(map(float, values["mean"])), tuple(map(float, values["std"])))
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the checkpoint is damaged: its normalization is not a mean and a std per channel: {values}"
+        ) from error

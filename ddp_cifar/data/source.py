@@ -8,6 +8,7 @@ from torch import Tensor
 from ddp_cifar.config import DataConfig
 from ddp_cifar.data.dataset import DataSet, to_grayscale
 from ddp_cifar.distributed.world import World
+from ddp_cifar.errors import UserError
 
 
 class Source:
@@ -15,6 +16,9 @@ class Source:
 
     image_size: int | None = None
     """Height and width of all images, in pixels; None if data.image_size sets it."""
+
+    read_only = False
+    """Whether files in data.root and data.cache may only be read."""
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
@@ -30,6 +34,14 @@ class Source:
     def files(self) -> list[Path]:
         """Return the files that are read, which may not exist yet."""
         return []
+
+    def check_may_write(self, missing: str) -> None:
+        """Raise `UserError`, which says what is `missing`, if files may only be read."""
+        if self.read_only:
+            root = self.config.root
+            raise UserError(
+                f"{missing}, and only the checkpoint names data.root={root}: to write there, add data.root={root}"
+            )
 
     def to_channels(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> (N, C, H, W) with the channels of `data.channels`."""
