@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ddp_cifar.command import EXIT_FAILED, run_command
+from ddp_cifar.config import flatten
 from ddp_cifar.errors import UserError
+from ddp_cifar.log import show
+from ddp_cifar.registry import user_defined_names
 from ddp_cifar.run.run_dir import RunDir
 
 USAGE = "usage: python -m ddp_cifar.checkpoints RUN_DIR|CHECKPOINT_FOLDER"
@@ -14,7 +17,7 @@ USAGE = "usage: python -m ddp_cifar.checkpoints RUN_DIR|CHECKPOINT_FOLDER"
 def main(argv: Sequence[str]) -> int:
     """Print the table; return 0, or 1 if no checkpoint is valid."""
     if "-h" in argv or "--help" in argv:
-        print(USAGE)
+        show(USAGE)
         return 0
     if len(argv) != 1:
         raise UserError(f"found {len(argv)} arguments, expected 1; {USAGE}")
@@ -30,25 +33,30 @@ def main(argv: Sequence[str]) -> int:
     if not paths:
         raise UserError(f"{folder} has no checkpoints: expected files step_*.pt")
     if status := run_dir.read_status():
-        print(f"{run_dir.path}: {status}")
+        show(f"{run_dir.path}: {status}")
 
     links: dict[str, list[str]] = {}
     for link in sorted(folder.glob("*.pt")):
         if link.is_symlink():
             links.setdefault(os.readlink(link), []).append(link.stem)
-    print(f"{'checkpoint':<18} {'step':>8} {'epoch':>8}  {'accuracy':<34} {'MB':>8}  verified")
+    show(f"{'checkpoint':<18} {'step':>8} {'epoch':>8}  {'accuracy':<34} {'MB':>8}  verified")
     good = 0
+    code: set[str] = set()
     for path in paths:
         try:
             size = path.stat().st_size / 1e6
-            where, verified = _where(load_checkpoint(path)), "yes"
+            state = load_checkpoint(path)
+            where, verified = _where(state), "yes"
             good += 1
+            code |= set(user_defined_names(flatten(state["config"])))
         except FileNotFoundError:
             continue  # the run has just deleted it
         except UserError as error:
             where, verified = f"{'':>8} {'':>8}  {'':<34}", f"NO: {error}"
         note = f" ({', '.join(links[path.name])})" if path.name in links else ""
-        print(f"{path.name:<18} {where} {size:>8.1f}  {verified}{note}")
+        show(f"{path.name:<18} {where} {size:>8.1f}  {verified}{note}")
+    for name in sorted(code):
+        show(f"user-defined code: {name}")
     return 0 if good else EXIT_FAILED
 
 

@@ -18,6 +18,9 @@ from ddp_cifar.log import log, set_up_logging
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_SAVE_FAILED = 1, 2, 3
 
 
+TRUST_HELP = "call user-defined functions that the checkpoint names, such as its model's"
+
+
 class Arguments(argparse.ArgumentParser):
     """An argument parser with the command's docstring as `--help` text. It raises `UserError` for invalid arguments."""
 

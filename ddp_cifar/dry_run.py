@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ddp_cifar.command import megabytes
-from ddp_cifar.config import Config, ImageShape
+from ddp_cifar.config import Config, ImageShape, flatten, to_dict
 from ddp_cifar.data import DataSet, dataset_metadata
 from ddp_cifar.data.batch_plan import BatchPlan, advice, check_batch_size, plan_batches
 from ddp_cifar.data.normalization import given_values
 from ddp_cifar.distributed.rendezvous import open_world_alone
 from ddp_cifar.models import build_model
 from ddp_cifar.models.weights import load_weights
+from ddp_cifar.registry import user_defined_names
 from ddp_cifar.run.checkpoint_store import Checkpoints, Loaded
 from ddp_cifar.run.resume import check_same_run, find_checkpoint
 from ddp_cifar.run.run_dir import RunDir
@@ -74,6 +75,8 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
         "checkpoint": f"{size(footprint.checkpoint)}; keeps {config.checkpoint.keep}: "
         f"{size(footprint.checkpoint * config.checkpoint.keep)}",
     }
+    if names := user_defined_names(flatten(to_dict(config))):
+        lines["user-defined"] = ", ".join(names)
     notes = advice(config.train, plan, on_gpus=config.device in ("auto", "cuda"))
     return "\n".join([*(f"{name:<15} {text}" for name, text in lines.items()), *notes])
 

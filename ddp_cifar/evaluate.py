@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ddp_cifar.command import Arguments, percent, run_command, writing
+from ddp_cifar.command import TRUST_HELP, Arguments, percent, run_command, writing
 from ddp_cifar.config import load_config
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import show
@@ -35,6 +35,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="write the prediction of each image to this file")
     parser.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="of --output (default: csv)")
     parser.add_argument("--png", type=Path, help="plot the confusion matrix to this file")
+    parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
     return parser.parse_intermixed_args(argv)
 
 
@@ -45,7 +46,6 @@ def main(argv: Sequence[str]) -> int:
 
     import torch
 
-    from ddp_cifar.data import build_dataset
     from ddp_cifar.data.dataset import choose_data_device, is_same_data
     from ddp_cifar.data.loader import EvalLoader
     from ddp_cifar.data.normalization import normalization_of
@@ -57,8 +57,10 @@ def main(argv: Sequence[str]) -> int:
     from ddp_cifar.training.loss import loss_function
     from ddp_cifar.training.precision import pick_precision
 
-    with open_trained(options.checkpoint, options.overrides) as (world, loaded, config):
-        dataset = build_dataset(config.data, world)
+    uses = ["model.name", "data.name", "train.loss"]
+    with open_trained(options.checkpoint, options.overrides, uses, trust=options.trust) as trained:
+        world, loaded, config, _ = trained
+        dataset = trained.build_dataset()
         check_classes(loaded, dataset.classes, config.data.name)
         split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
         if split is None:

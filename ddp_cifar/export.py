@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddp_cifar.command import Arguments, check_counts, run_command
+from ddp_cifar.command import TRUST_HELP, Arguments, check_counts, run_command
 from ddp_cifar.config import load_config
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
@@ -39,6 +39,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="output file (default: model.FORMAT)")
     parser.add_argument("--images", type=int, default=1000, help="number of test images to compare on (default: 1000)")
+    parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
     options = parser.parse_intermixed_args(argv)
     check_counts(options, "images")
     options.output = options.output or Path(f"model.{options.format}")
@@ -60,13 +61,14 @@ def main(argv: Sequence[str]) -> int:
     from ddp_cifar.inference.formats import READERS, WRITERS, compare_logits, compare_weights, comparison_images
 
     output = options.output
-    with open_trained(options.checkpoint, arguments) as (world, loaded, config):
+    with open_trained(options.checkpoint, arguments, ["model.name", "data.name"], trust=options.trust) as trained:
+        world, loaded, config, _ = trained
         if world.world_size > 1:
             raise UserError(f"export needs one process, found {world.world_size}: start it with python, not torchrun")
         classes, image_shape = classes_and_image_shape(loaded)
         images = None
         if options.format in READERS:
-            images = comparison_images(loaded, config, world, options.images)
+            images = comparison_images(trained, options.images)
             image_shape = images.shape[1], images.shape[2], images.shape[3]
         metadata = {"classes": json.dumps(classes), "image_shape": json.dumps(image_shape)}
         normalization = normalization_of(loaded.state)

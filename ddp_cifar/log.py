@@ -42,7 +42,17 @@ def _formatter(rank: int, world_size: int) -> logging.Formatter:
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         record.level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
-        return super().format(record)
+        return printable(super().format(record))
+
+
+def printable(text: str) -> str:
+    """Escape control characters, with which a name from a file could move the cursor or change the terminal's settings."""
+    return text.translate(CONTROL_CHARACTERS)
+
+
+CONTROL_CHARACTERS = {
+    number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160)) if chr(number) not in "\t\n"
+}
 
 
 class _TerminalHandler(logging.Handler):
@@ -60,6 +70,7 @@ def show(text: str) -> None:
     sys.stdout.flush()
     output = getattr(sys.stdout, "buffer", None)
     try:
+        text = printable(text)
         if output is None:
             print(text, flush=True)
         else:

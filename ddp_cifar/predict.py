@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ddp_cifar.command import Arguments, check_counts, run_command
+from ddp_cifar.command import TRUST_HELP, Arguments, check_counts, run_command
 from ddp_cifar.errors import UserError
 
 
@@ -33,6 +33,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device (default: auto)"
     )
+    parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
     options = parser.parse_intermixed_args(argv)
     check_counts(options, "batch_size", "top_k")
     return options
@@ -53,7 +54,9 @@ def main(argv: Sequence[str]) -> int:
     from ddp_cifar.training.evaluation import forward_pass
     from ddp_cifar.training.precision import pick_precision
 
-    with open_trained(options.checkpoint, [f"device={options.device}"]) as (world, loaded, config):
+    arguments = [f"device={options.device}"]
+    with open_trained(options.checkpoint, arguments, ["model.name"], trust=options.trust) as trained:
+        world, loaded, config, _ = trained
         files = world.on_main(lambda: find_images(options.paths))
         classes, image_shape = classes_and_image_shape(loaded)
         if options.top_k is not None and options.top_k > len(classes):

@@ -5,7 +5,7 @@ Built-ins are imported on use, so that neither this table nor the check of a nam
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from ddp_cifar.errors import UserError, did_you_mean
@@ -46,6 +46,12 @@ BUILT_IN: dict[str, dict[str, str]] = {
 def is_user_defined(name: str) -> bool:
     """True for a name of the form `package.module:function`."""
     return ":" in name
+
+
+def user_defined_names(values: Mapping[str, Any]) -> list[str]:
+    """Return `key=name` for each user-defined name in a config by dotted keys."""
+    names = {key: values.get(key) for key in BUILT_IN}
+    return [f"{key}={name}" for key, name in names.items() if isinstance(name, str) and is_user_defined(name)]
 
 
 def check_name(key: str, name: str) -> None:

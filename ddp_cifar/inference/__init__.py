@@ -1,32 +1,45 @@
 """Load a trained network from a checkpoint: on every rank for a command, or in another program."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ddp_cifar.config import Config, ImageShape, flatten, keys_with_role, load_config
+from ddp_cifar.config import Config, ImageShape, flatten, get, keys_with_role, load_config
+from ddp_cifar.data import DataSet, build_dataset
 from ddp_cifar.data.normalization import Normalization, normalization_of
 from ddp_cifar.distributed.rendezvous import open_world
 from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import UserError
-from ddp_cifar.models import build_model
+from ddp_cifar.models import at_most_parameters, build_model
 from ddp_cifar.models.weights import load_weights
+from ddp_cifar.registry import user_defined_names
 from ddp_cifar.run.checkpoint_file import load_checkpoint
 from ddp_cifar.run.checkpoint_store import Loaded, load_newest
+from ddp_cifar.run.resume import find_weights
 from ddp_cifar.training.precision import missing_for
+
+MAX_IMAGE_VALUES = 2**26
+"""The most values (C x H x W) of an image: 4096 x 4096 pixels in color, and some."""
+
+MAX_OTHER_PARAMETERS = 3 * 10**7
+"""The number of parameters that building a model may create besides twice its weights, such as a head that it replaces."""
 
 
 @contextlib.contextmanager
-def open_trained(source: str, arguments: Sequence[str]) -> Iterator[tuple[World, Loaded, Config]]:
+def open_trained(source: str, arguments: Sequence[str], uses: Sequence[str], *, trust: bool) -> Iterator["Trained"]:
     """Open a `World`, load the same checkpoint on every rank, and yield both with its config overridden by `arguments`.
+
+    `uses` are the config keys, such as `model.name`, whose functions the caller calls. A user-defined function that only the
+    checkpoint names is rejected unless `trust` is true, and folders that only it names are not written to.
 
     If `source` is a run_dir, its newest valid checkpoint is used. Device and backend are chosen for this machine. The
     checkpoint's precision is used if this machine supports it. Raises `UserError` for wrong arguments, before a process
-    group opens, and if there is no checkpoint.
+    group opens, if there is no checkpoint, and for names that are not trusted.
     """
     asked = load_config(arguments)
     with open_world(asked.device, asked.backend) as world:
@@ -34,7 +47,35 @@ def open_trained(source: str, arguments: Sequence[str]) -> Iterator[tuple[World,
         trained = _config_of(loaded)
         if missing_for(str(trained["precision"]), world.device):
             trained["precision"] = "auto"
-        yield world, loaded, load_config(arguments, base=trained)
+        config = load_config(arguments, base=trained)
+        if not trust:
+            _check_names(loaded.path, config, asked, uses)
+        is_named = (config.data.root, config.data.cache) == (asked.data.root, asked.data.cache)
+        yield Trained(world, loaded, config, read_only=not (trust or is_named))
+
+
+class Trained(NamedTuple):
+    """A checkpoint on every rank."""
+
+    world: World
+    loaded: Loaded
+    config: Config
+    read_only: bool
+    """Whether data.root and data.cache are the checkpoint's choice, so that nothing may be written there."""
+
+    def build_dataset(self) -> DataSet:
+        """Read the data set. Raises `UserError` if it cannot be read, or differs between ranks."""
+        return build_dataset(self.config.data, self.world, read_only=self.read_only)
+
+
+def _check_names(path: Path, config: Config, asked: Config, uses: Sequence[str]) -> None:
+    """Raise `UserError` if `config` has user-defined names that are used but not in `asked`, the command line's config."""
+    names = user_defined_names({key: get(config, key) for key in uses if get(config, key) != get(asked, key)})
+    if names:
+        raise UserError(
+            f"{path} would run code of its own choice: {', '.join(names)}; if you trust it, add --trust (in Python, trust=True), "
+            f"or give the names yourself as key=value"
+        )
 
 
 class TrainedNetwork(nn.Module):
@@ -61,14 +102,17 @@ class TrainedNetwork(nn.Module):
         return logits
 
 
-def load_trained(source: str | Path, device: str = "cpu") -> TrainedNetwork:
+def load_trained(source: str | Path, device: str = "cpu", *, trust: bool = False) -> TrainedNetwork:
     """Load the network of a checkpoint, or of a run_dir's newest valid checkpoint, in eval mode. Needs no process group.
 
-    Raises `UserError` if there is no checkpoint, or if its model cannot be built.
+    Raises `UserError` if there is no checkpoint, if its model cannot be built, or if the model is user-defined and `trust` is
+    false: the checkpoint chooses the function that would be called.
     """
     loaded = _read(Path(source))
     classes, image_shape = classes_and_image_shape(loaded)
     config = load_config(["train.channels_last=false"], base=_config_of(loaded))
+    if not trust:
+        _check_names(loaded.path, config, Config(), ["model.name"])
     model = trained_model(loaded, config, len(classes), image_shape, torch.device(device))
     return TrainedNetwork(model, classes, image_shape, normalization_of(loaded.state)).to(device).eval()
 
@@ -78,10 +122,14 @@ def classes_and_image_shape(loaded: Loaded) -> tuple[list[str], ImageShape]:
     if "classes" not in loaded.state:
         raise UserError(f"{loaded.path} has no class names: an older version wrote it; resume its run once to add them")
     state = loaded.state
-    if "image_shape" not in state:  # an older checkpoint, of square color images
-        return state["classes"], (3, state["image_size"], state["image_size"])
-    channels, height, width = state["image_shape"]
-    return state["classes"], (channels, height, width)
+    size = state.get("image_size")  # of an older checkpoint, of square color images
+    classes, shape = state["classes"], state.get("image_shape", [3, size, size])
+    are_names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    are_sizes = isinstance(shape, list) and len(shape) == 3 and all(type(side) is int and side > 0 for side in shape)
+    if not are_names or not are_sizes or math.prod(shape) > MAX_IMAGE_VALUES:
+        raise UserError(f"{loaded.path} is damaged: expected the names of its classes and the (C, H, W) of its images")
+    channels, height, width = shape
+    return classes, (channels, height, width)
 
 
 def _config_of(loaded: Loaded) -> dict[str, Any]:
@@ -97,7 +145,9 @@ def _read(path: Path) -> Loaded:
 
 def check_classes(loaded: Loaded, classes: tuple[str, ...], source: str) -> None:
     """Raise `UserError` if the classes of the data differ from those that the checkpoint was trained on."""
-    trained = loaded.state.get("classes", list(classes))  # absent in older checkpoints
+    if "classes" not in loaded.state:
+        return  # an older checkpoint
+    trained, _ = classes_and_image_shape(loaded)
     if list(classes) != trained:
         raise UserError(
             f"data.name={source} has the classes {', '.join(classes[:10])}, but {loaded.path} was trained on "
@@ -112,8 +162,9 @@ def trained_model(
 
     Raises `UserError` if the weights do not fit the network of `config`.
     """
-    model = build_model(config.model, num_classes, image_shape)
-    weights: Mapping[str, Tensor] = loaded.state["ema" if "ema" in loaded.state else "model"]
+    weights = find_weights(loaded.state["ema" if "ema" in loaded.state else "model"], str(loaded.path))
+    with at_most_parameters(2 * sum(map(Tensor.numel, weights.values())) + MAX_OTHER_PARAMETERS, str(loaded.path)):
+        model = build_model(config.model, num_classes, image_shape)
     load_weights(model, weights, str(loaded.path))
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)

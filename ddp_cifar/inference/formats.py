@@ -10,14 +10,10 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ddp_cifar.config import Config
-from ddp_cifar.data import build_dataset
-from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import UserError, first_line
-from ddp_cifar.inference import TrainedNetwork, check_classes, classes_and_image_shape
+from ddp_cifar.inference import Trained, TrainedNetwork, check_classes, classes_and_image_shape
 from ddp_cifar.log import log
 from ddp_cifar.run.checkpoint_file import digest
-from ddp_cifar.run.checkpoint_store import Loaded
 from ddp_cifar.run.resume import load_init
 from ddp_cifar.seeding import generator
 
@@ -29,19 +25,19 @@ Network = Callable[[Tensor], Tensor]
 """(B, C, H, W) uint8 -> (B, classes) float32."""
 
 
-def comparison_images(loaded: Loaded, config: Config, world: World, num_images: int) -> Tensor:
+def comparison_images(trained: Trained, num_images: int) -> Tensor:
     """Return the test split's first images, or random ones if the data set cannot be read: (N, C, H, W) uint8.
 
     Raises `UserError` if the data set has other classes than the checkpoint.
     """
     try:
-        dataset = build_dataset(config.data, world)
+        dataset = trained.build_dataset()
     except UserError as error:
         log.warning(f"comparing on {num_images} random images, because the data set cannot be read: {error}")
-        _, image_shape = classes_and_image_shape(loaded)
+        _, image_shape = classes_and_image_shape(trained.loaded)
         shape = (num_images, *image_shape)
         return torch.randint(256, shape, dtype=torch.uint8, generator=generator("export"))
-    check_classes(loaded, dataset.classes, config.data.name)
+    check_classes(trained.loaded, dataset.classes, trained.config.data.name)
     split = dataset.test or dataset.val or dataset.train
     return split.images[split.sample_ids[:num_images]]
 

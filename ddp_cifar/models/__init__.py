@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parameter import UninitializedParameter
 
 from ddp_cifar.config import ImageShape, ModelConfig
 from ddp_cifar.errors import UserError, first_line, user_code
@@ -38,6 +40,27 @@ def build_model(
         raise UserError(f"model.name={config.name} has no parameters to train")
     _try(model, config.name, num_classes, image_shape)
     return model
+
+
+@contextlib.contextmanager
+def at_most_parameters(limit: int, source: str) -> Iterator[None]:
+    """Raise `UserError`, which names `source`, if modules that the body builds have more than `limit` parameters in total.
+
+    Layers allocate a parameter, register it, and then write it: until then its memory is only reserved.
+    """
+    total = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal total
+        total += parameter.numel() if parameter is not None and not isinstance(parameter, UninitializedParameter) else 0
+        if total > limit:
+            raise UserError(f"{source} does not fit the model of its config, which has more parameters: it is damaged")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _materialize(model: nn.Module, name: str, image_shape: ImageShape) -> None:
