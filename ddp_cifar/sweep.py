@@ -7,7 +7,7 @@ if given, named after its values. launch/sweep.sh runs them on this machine, slu
 
 import itertools
 import re
-import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +52,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("sweep", metavar="SWEEP.yaml", type=Path)
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     parser.add_argument(
-        "--lines", action="store_true", help="print one line per run for scripts: its state, then its quoted arguments"
+        "--null",
+        action="store_true",
+        help="print each run for scripts: its state, its arguments and an empty text, each ended by a NUL byte",
     )
     options = parser.parse_intermixed_args(argv)
     runs = expand(options.sweep, options.overrides)
-    if options.lines:
-        show("\n".join(f"{run.state} {shlex.join(run.arguments)}" for run in runs))
+    if options.null:
+        sys.stdout.write("".join(f"{text}\0" for run in runs for text in (run.state, *run.arguments, "")))
     else:
         finished = sum(run.state == "finished" for run in runs)
         folder = Path(runs[0].arguments[-1].removeprefix("run_dir=")).parent
@@ -153,8 +155,8 @@ def _state(path: str, config: Config) -> str:
     if state != "finished":
         return state
     try:
-        before = result_keys(yaml.safe_load((run_dir.path / "config.yaml").read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, AttributeError):
+        before = result_keys(run_dir.read_config())
+    except (OSError, ValueError):
         return "stopped"
     now = result_keys(to_dict(config))
     different = {key for key in now if now[key] != before[key]}

@@ -33,6 +33,18 @@ repeat_error() {
   fi
 }
 
+# read_arguments: read arguments from standard input up to an empty one, each ended by a NUL byte. Sets `arguments`. False if
+# there are no more.
+read_arguments() {
+  local argument
+  arguments=()
+  while IFS= read -r -d '' argument; do
+    [ -n "$argument" ] || return 0
+    arguments+=("$argument")
+  done
+  return 1
+}
+
 # need_torchrun: fail if torchrun is not on PATH.
 need_torchrun() {
   command -v torchrun >/dev/null ||

@@ -36,6 +36,8 @@ mapfile -t hosts < <(sed -E 's/#.*//; s/^[[:space:]]+//; s/[[:space:]]+$//; /^$/
 for host in "${hosts[@]}"; do
   [[ $host != *[[:space:]]* ]] ||
     user_error "$hosts_file has the line '$host': expected only a host; set the number of ranks with NPROC_PER_NODE"
+  [[ $host =~ ^[[:alnum:]_][]@[:alnum:]:._%[-]*$ ]] ||
+    user_error "$hosts_file has the line $(printf %q "$host"): expected a host of letters, digits and . - _, or USER@HOST"
 done
 duplicates=$(printf '%s\n' "${hosts[@]}" | sort | uniq -d)
 [ -z "$duplicates" ] || user_error "$hosts_file lists $duplicates twice: list each host once"
@@ -69,7 +71,7 @@ run_on() {
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-arguments=$(printf '%q ' "$@")
+quoted=$(printf '%q ' "$@")
 
 # -- check each host
 # shellcheck disable=SC2016 # expanded on the host
@@ -78,7 +80,7 @@ command -v torchrun >/dev/null || { echo "torchrun is not on PATH: set SETUP, or
 echo "files $(find ddp_cifar launch configs -name "*.py" -o -name "*.sh" -o -name "*.yaml" | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c 1-12)"'
 if [ "$module" = ddp_cifar.train ]; then
   check+="; ranks=\${NPROC_PER_NODE:-\$(count_gpus)}; [ \"\$ranks\" -gt 0 ] || ranks=1
-python -m ddp_cifar.train --dry-run --nodes $NNODES --nproc-per-node \"\$ranks\" $arguments 2>&1"
+python -m ddp_cifar.train --dry-run --nodes $NNODES --nproc-per-node \"\$ranks\" $quoted 2>&1"
 fi
 trap 'kill $(jobs -p) 2>/dev/null || true; exit 130' INT TERM
 for i in "${!hosts[@]}"; do
@@ -127,7 +129,7 @@ for i in "${!hosts[@]}"; do
   (
     trap '' INT # Ctrl-C reaches the host only through its channel
     for channel in "${channels[@]}"; do exec {channel}>&-; done
-    run_on "${hosts[i]}" "launch/remote.sh $arguments" <"$work/channel-$i"
+    run_on "${hosts[i]}" "launch/remote.sh $quoted" <"$work/channel-$i"
   ) > >(trap '' INT TERM && exec tee "$work/output-$i" | sed -u "s/^/[${hosts[i]}] /") 2>&1 &
   nodes+=($!)
   exec {channel}>"$work/channel-$i"

@@ -19,16 +19,19 @@ source "$here/common.sh"
 
 need_torchrun
 case " $* " in *" -h "* | *" --help "*) exec python -m ddp_cifar.sweep --help ;; esac
-lines=$(python -m ddp_cifar.sweep --lines "$@") # fails if any run has an invalid config
-run='' interrupted='' arguments=()
+runs=$(mktemp)
+trap 'rm -f "$runs"' EXIT
+python -m ddp_cifar.sweep --null "$@" >"$runs" # fails if any run has an invalid config
+run='' interrupted='' count=0
+while read_arguments; do count=$((count + 1)); done <"$runs"
 # shellcheck disable=SC2329 # called by the traps
 forward_signal() { interrupted=1 && [ -z "$run" ] || kill -s "$1" "$run" 2>/dev/null || true; }
 trap 'forward_signal INT' INT
 trap 'forward_signal TERM' TERM HUP
 trap 'forward_signal USR1' USR1
-count=$(wc -l <<<"$lines") number=0 status=0 run_dirs=() failed=()
-while read -r state quoted; do
-  eval "arguments=($quoted)" # quoted by Python's shlex
+number=0 status=0 run_dirs=() failed=()
+while read_arguments; do
+  state=${arguments[0]} arguments=("${arguments[@]:1}")
   run_dir=${arguments[-1]#run_dir=} number=$((number + 1))
   run_dirs+=("$run_dir")
   if [ "$state" = finished ]; then
@@ -51,7 +54,7 @@ while read -r state quoted; do
     echo "== sweep: stopped in run $number of $count; run the same command to resume" >&2
     exit "$status"
   fi
-done <<<"$lines"
+done <"$runs"
 existing=()
 for run_dir in "${run_dirs[@]}"; do
   [ ! -e "$run_dir/metrics.jsonl" ] || existing+=("$run_dir")

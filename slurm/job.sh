@@ -73,14 +73,15 @@ run_module() {
 
 # describe_job RUN_DIR START: print the job's nodes and ranks, how to follow it, and how to stop it.
 describe_job() {
-  local log cores=${SLURM_CPUS_ON_NODE:-$(nproc)}
+  local log stop cores=${SLURM_CPUS_ON_NODE:-$(nproc)}
+  printf -v stop '%q' "$1/STOP"
   log=$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p' | sed -n 1p)
   cat <<END
 job $job: $2
 nodes: $NNODES ($SLURM_JOB_NODELIST), rendezvous at $HEAD; per node: $NPROC_PER_NODE ranks, $cores cores
 run_dir: $1
 to follow: ${log:+tail -f }${log:-this terminal}
-to stop: touch $1/STOP (saves, then ends the job), scancel --batch --signal=USR1 $job (saves, then requeues the job),
+to stop: touch $stop (saves, then ends the job), scancel --batch --signal=USR1 $job (saves, then requeues the job),
   or scancel $job (ends the job; progress not saved within Slurm's KillWait is lost)
 END
   if [ "$cores" -lt "$NPROC_PER_NODE" ]; then

@@ -7,7 +7,7 @@
 #
 # The sbatch options apply to each task. Finished runs are skipped; the others start or resume. After an interruption, run
 # the same command again. AT_ONCE=N limits the sweep to N running tasks. When the tasks are done, python -m ddp_cifar.compare
-# prints a table. Each task reads its arguments from one line of a file in the sweep's folder.
+# prints a table. Each task reads its arguments from a file in the sweep's folder.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=slurm/job.sh
@@ -19,27 +19,29 @@ for option in "${options[@]}"; do
 done
 [ -z "${AT_ONCE:-}" ] || check_count AT_ONCE "$AT_ONCE"
 need_torchrun # ddp_cifar.sweep runs here, so a container on the nodes is not enough
-lines=$(python -m ddp_cifar.sweep --lines "${arguments[@]}")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+python -m ddp_cifar.sweep --null "${arguments[@]}" >"$work/runs"
 
-tasks=() number=0
-while read -r state quoted; do
+tasks=() first=() number=0
+while read_arguments; do
   number=$((number + 1))
-  [ "$state" != finished ] || continue
+  printf '%s\0' "${arguments[@]:1}" '' >>"$work/arguments"
+  [ "${arguments[0]}" != finished ] || continue
   tasks+=("$number")
-  [ ${#tasks[@]} != 1 ] || first=$quoted
-done <<<"$lines"
+  [ ${#first[@]} != 0 ] || first=("${arguments[@]:1}")
+done <"$work/runs"
 [ ${#tasks[@]} != 0 ] || { echo "all $number runs are finished" && exit; }
-eval "arguments=($first)" # quoted by Python's shlex
+arguments=("${first[@]}")
 dry_run_before_submitting
 folder=$(dirname "${arguments[-1]#run_dir=}")
 name=sweep-${folder//[^[:alnum:]._-]/-}
 queued=$(squeue --me --noheader --name="$name" --states=PENDING,RUNNING,SUSPENDED --format=%F | sort -u | paste -sd ' ')
 [ -z "$queued" ] || user_error "this sweep is already queued (job $queued): wait for it, or cancel it with scancel"
 mkdir -p "$folder"
-# Requeued tasks of an earlier submission read their lines again, so a changed sweep needs a new file.
-lines=$(cut -d ' ' -f 2- <<<"$lines")
-file=$folder/runs-$(cksum <<<"$lines" | cut -d ' ' -f 1).txt
-echo "$lines" >"$file.$$"
+# Requeued tasks of an earlier submission read their arguments again, so a changed sweep needs a new file.
+file=$folder/runs-$(cksum <"$work/arguments" | cut -d ' ' -f 1)
+cp "$work/arguments" "$file.$$"
 mv "$file.$$" "$file"
 array=$(IFS=, && echo "${tasks[*]}")
 sbatch "${options[@]}" --job-name="$name" --array="$array${AT_ONCE:+%$AT_ONCE}" "$here/train.sh" "@$file"

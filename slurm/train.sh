@@ -21,8 +21,8 @@
 # limit, and on preemption, the run saves and stops; the job is requeued and resumes. A crash or a lost node also requeues
 # the job. A user error or an error of the training itself does not.
 #
-# In an array job, %a in the arguments is replaced by the task id, as in seed=%a. @FILE is replaced by the arguments in the
-# line of FILE whose number is the task id, quoted as for a shell (slurm/sweep.sh writes such a file).
+# In an array job, %a in the arguments is replaced by the task id, as in seed=%a. @FILE is replaced by arguments from FILE, which
+# slurm/sweep.sh writes: each is ended by a NUL byte, and an empty one ends the arguments of a task, from task 1 on.
 #
 # Settings (environment variables):
 #   MAX_REQUEUES     how often the job may be requeued; default 20
@@ -51,18 +51,18 @@ if [ -z "${SLURM_JOB_ID:-}" ] || is_submission "$@"; then
 fi
 set_up_rendezvous
 
-arguments=()
+given=()
 for argument in "$@"; do
   if [[ $argument == @* ]]; then
-    line=${SLURM_ARRAY_TASK_ID:-1}
-    if [ "$line" = 0 ] || ! quoted=$(sed -n "${line}p" "${argument#@}") || [ -z "$quoted" ]; then
-      user_error "$argument: expected a file whose line $line has the arguments of task $line"
-    fi
-    eval "arguments+=($quoted)"
+    file=${argument#@} task=${SLURM_ARRAY_TASK_ID:-1} arguments=()
+    [ ! -f "$file" ] || for ((i = 0; i < task; i++)); do read_arguments || break; done <"$file"
+    [ ${#arguments[@]} -gt 0 ] || user_error "$argument: expected a file with the arguments of task $task (see slurm/sweep.sh)"
+    given+=("${arguments[@]}")
   else
-    arguments+=("${argument//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
+    given+=("${argument//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
   fi
 done
+arguments=("${given[@]}")
 run_dir=runs/$SLURM_JOB_NAME-$job
 requeues=${SLURM_RESTART_COUNT:-0} max_requeues=${MAX_REQUEUES:-20}
 for argument in "${arguments[@]}"; do
