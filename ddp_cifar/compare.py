@@ -39,7 +39,10 @@ class Run:
         run_dir = RunDir(str(path))
         try:
             config = run_dir.read_config()
-            rows = list(read_rows(run_dir.metrics))
+            rows = [
+                {tag: value for tag, value in row.items() if isinstance(value, str) == (tag == "fingerprint")}
+                for row in read_rows(run_dir.metrics)
+            ]
         except OSError as error:
             raise UserError(f"{path} is not a run_dir ({error.strerror}: {error.filename})") from error
         except ValueError as error:

@@ -33,6 +33,7 @@ number=0 status=0 run_dirs=() failed=()
 while read_arguments; do
   state=${arguments[0]} arguments=("${arguments[@]:1}")
   run_dir=${arguments[-1]#run_dir=} number=$((number + 1))
+  [[ $run_dir != -* ]] || run_dir=./$run_dir # otherwise programs would read it as an option
   run_dirs+=("$run_dir")
   if [ "$state" = finished ]; then
     echo "== sweep $number of $count: $run_dir is finished"

@@ -34,7 +34,8 @@ done <"$work/runs"
 [ ${#tasks[@]} != 0 ] || { echo "all $number runs are finished" && exit; }
 arguments=("${first[@]}")
 dry_run_before_submitting
-folder=$(dirname "${arguments[-1]#run_dir=}")
+folder=$(dirname -- "${arguments[-1]#run_dir=}")
+[[ $folder != -* ]] || folder=./$folder # otherwise programs would read it as an option
 name=sweep-${folder//[^[:alnum:]._-]/-}
 queued=$(squeue --me --noheader --name="$name" --states=PENDING,RUNNING,SUSPENDED --format=%F | sort -u | paste -sd ' ')
 [ -z "$queued" ] || user_error "this sweep is already queued (job $queued): wait for it, or cancel it with scancel"

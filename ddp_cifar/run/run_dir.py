@@ -192,7 +192,7 @@ class RunDir:
 def read_rows(metrics: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a metrics.jsonl. While a run is running, its last line may be incomplete; it is skipped.
 
-    Raises `OSError`, or `ValueError` if a line is not a row: a step, and numbers, null or text by tag.
+    Raises `OSError`, or `ValueError` if a line is not a row.
     """
     for number, line in enumerate(read_lines(metrics), 1):
         if line.endswith("\n"):
@@ -203,15 +203,10 @@ def read_rows(metrics: Path) -> Iterator[dict[str, Any]]:
 
 
 def is_row(value: object) -> TypeGuard[dict[str, Any]]:
-    """True for a row of metrics.jsonl. Only fingerprints are text."""
-    return (
-        isinstance(value, dict)
-        and type(value.get("step")) is int
-        and all(
-            item is None or isinstance(item, str if tag == "fingerprint" else float | int)
-            for tag, item in value.items()
-        )
-    )
+    """True for a row of metrics.jsonl: an integer `step`, and scalars by tag."""
+    if not isinstance(value, dict) or not all(isinstance(item, str | float | int | None) for item in value.values()):
+        return False
+    return type(value.get("step")) is int and isinstance(value.get("train/epoch", 0), int)
 
 
 def lock_file(file: IO[str], timeout_s: float) -> bool:

@@ -50,8 +50,8 @@ def last_value(metrics: Path, tag: str) -> float:
     """Return the value of `tag` in the last row that has it, or 0. The file must be cleaned by `drop_later_rows`."""
     found = 0.0
     for row in read_rows(metrics):
-        found = row.get(tag) or found
-    return found
+        found = value if isinstance(value := row.get(tag), float | int) else found
+    return float(found)
 
 
 def drop_later_rows(path: Path, step: int, epoch: int) -> tuple[list[dict[str, Any]], bool]:
