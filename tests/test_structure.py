@@ -22,7 +22,7 @@ LEVELS = """
     command
     config distributed
     registry log
-    errors seeding
+    errors seeding shipped
 """
 LEVEL_OF = {part: number for number, line in enumerate(LEVELS.split("\n")) for part in line.split()}
 MAX_LINES = 300
