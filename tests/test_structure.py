@@ -13,7 +13,8 @@ PACKAGE = Path(ddp_cifar.__file__).parent
 # first line is the Python API, ddp_cifar/__init__.py.
 LEVELS = """
     ddp_cifar
-    train prepare evaluate predict export compare sweep checkpoints preflight benchmark scaling
+    __main__
+    train prepare evaluate predict export compare sweep checkpoints preflight benchmark scaling scripts
     checks
     dry_run inference
     training
