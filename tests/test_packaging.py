@@ -170,6 +170,7 @@ def test_the_scripts_are_copied_only_to_a_new_folder(installed: Installed) -> No
     assert (installed.folder / "a copy" / "launch" / "local.sh").read_text() == "edited"
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_trains_and_evaluates_in_an_empty_folder(installed: Installed) -> None:
     shutil.copy(CHECKOUT / "tests" / "paced_network.py", installed.folder / "mine.py")
     described = installed.run("ddp-cifar", "train", "demo", "--dry-run", *SHORT)

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from documented import copy_checkout
-from launched import ARGUMENTS, SHORT, wait_until
+from launched import ARGUMENTS, CHECKOUT, SHORT, wait_until
 from slurm_cluster import Cluster
 
 LONG = ("train.epochs=400",)
@@ -124,6 +125,17 @@ def test_a_run_on_two_hosts_finishes(hosts: Hosts) -> None:
     preflight = hosts.run(TWO, "--json", "found.json", MODULE="ddp_cifar.preflight")
     assert preflight.returncode == 0, preflight.stdout + preflight.stderr
     assert json.loads((hosts.copy / "found.json").read_text())["ok"]
+
+
+def test_without_a_checkout_the_hosts_run_the_installed_package(hosts: Hosts) -> None:
+    for name in ("ddp_cifar", "configs"):
+        shutil.rmtree(hosts.copy / name)
+    setup = hosts.environment["SETUP"]
+    done = hosts.run(
+        TWO, "demo", *SHORT, "run_dir=run", SETUP=f"{setup}; export PYTHONPATH={shlex.quote(str(CHECKOUT))}"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert hosts.status == "finished"
 
 
 def test_each_host_that_is_not_ready_is_named(hosts: Hosts) -> None:
