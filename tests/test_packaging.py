@@ -28,7 +28,7 @@ SHORT = (*TINY, "train.max_steps=2", "model.name=mine:Network")
 def source_files() -> list[str]:
     """The files of the project: those in git, or in an unpacked source distribution those in its list."""
     if (CHECKOUT / ".git").exists():
-        git = ("git", "-c", "safe.directory=*", "ls-files", "--cached", "--others", "--exclude-standard")
+        git = ("git", "-c", "safe.directory=*", "ls-files")
         names = subprocess.run(git, cwd=CHECKOUT, check=True, capture_output=True, text=True).stdout.splitlines()
     else:
         names = (CHECKOUT / "ddp_cifar.egg-info" / "SOURCES.txt").read_text().splitlines()
@@ -58,21 +58,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(sdist, wheel)
 
 
-def pip(*arguments: str) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            arguments[0],
-            "--no-index",
-            "--no-deps",
-            *arguments[1:],
-        ],
-        capture_output=True,
-        text=True,
-    )
+def pip(command: str, *arguments: str) -> None:
+    line = (sys.executable, "-m", "pip", command, "--no-index", "--no-deps", *arguments)
+    done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
