@@ -58,4 +58,4 @@ soak: install
 	@$(RUN) $(BIN)/python tests/soak.py --kills $(KILLS)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info build dist

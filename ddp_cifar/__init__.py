@@ -31,6 +31,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 LAUNCHER = os.getppid()
 """The process that started this one. Recorded before the import of torch, which takes seconds in which it may exit."""
 

@@ -30,6 +30,7 @@ from ddp_cifar.config import (
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import show
 from ddp_cifar.run.run_dir import RunDir
+from ddp_cifar.shipped import SWEEPS
 
 KEYS = ("config", "grid")
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
 
 def expand(path: Path, overrides: Sequence[str]) -> list[SweptRun]:
     """Return the runs of the sweep file `path`. Raises `UserError` if the file or the config of a run is invalid."""
-    content = read_yaml(str(path))
+    content = read_yaml(str(path), SWEEPS)
     parts = entries(content) if isinstance(content, yaml.MappingNode) else {}
     unknown = parts.keys() - set(KEYS) if parts else {"no keys"}
     grid = _lists(parts["grid"], path) if not unknown and "grid" in parts else {}
@@ -82,7 +83,7 @@ def expand(path: Path, overrides: Sequence[str]) -> list[SweptRun]:
         )
     config = parts.get("config")
     if config and not isinstance(config, yaml.ScalarNode):
-        raise UserError(f"config in {path} is not a file name: expected one recipe, such as configs/demo.yaml")
+        raise UserError(f"config in {path} is not a file name: expected one recipe, such as demo")
     if stray := [argument for argument in overrides if "=" not in argument]:
         raise UserError(
             f"cannot read the argument {stray[0]!r}: expected key=value; set the recipe by `config` in {path}"

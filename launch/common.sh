@@ -48,7 +48,7 @@ read_arguments() {
 # need_torchrun: fail if torchrun is not on PATH.
 need_torchrun() {
   command -v torchrun >/dev/null ||
-    user_error "torchrun is not on PATH: activate the environment, or create one with \`make install\`"
+    user_error "torchrun is not on PATH: activate the environment of ddp_cifar (in a checkout, \`make install\` creates one)"
 }
 
 # user_error MESSAGE: print the error, leave it where repeat_error finds it, and exit with status 2.

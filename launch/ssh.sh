@@ -9,7 +9,7 @@
 # HOSTS_FILE lists one host per line, as ssh accepts it: user@host, or a name from ~/.ssh/config. # starts a comment. ssh
 # must not ask for a password.
 #
-# The script first checks every host: it is reachable, it has the same checkout, an environment and the data (train
+# The script first checks every host: it is reachable, it has the same scripts and package, an environment and the data (train
 # --dry-run). It then starts launch/node.sh on every host, with the rendezvous on the first one. Each output line is
 # prefixed with its host. Ctrl-C saves and stops the run. A second Ctrl-C terminates it immediately. If the connection to a
 # host is lost, that host shuts down its own ranks, and the script shuts down the other hosts. After a failure, the last
@@ -18,7 +18,7 @@
 # Settings (environment variables, passed on to every host):
 #   NPROC_PER_NODE, OMP_NUM_THREADS, MAX_RESTARTS, MODULE   as in launch/node.sh
 #   NCCL_*, GLOO_*, TORCH_*   passed on unchanged
-#   CHECKOUT         the folder of the checkout on the hosts; default: the same path as here
+#   CHECKOUT         the folder of the checkout, or of the copied scripts, on the hosts; default: the same path as here
 #   SETUP            a command to run first on each host, such as "source ~/venv/bin/activate"
 #   HEAD             rendezvous address HOST:PORT: the first host, by a name or address that the others can reach
 #   SSH              the ssh command; default ssh
@@ -76,8 +76,10 @@ quoted=$(printf '%q ' "$@")
 # -- check each host
 # shellcheck disable=SC2016 # expanded on the host
 check='source launch/common.sh
-command -v torchrun >/dev/null || { echo "torchrun is not on PATH: set SETUP, or run make install on that host"; exit 2; }
-echo "files $(find ddp_cifar launch configs -name "*.py" -o -name "*.sh" -o -name "*.yaml" | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c 1-12)"'
+command -v torchrun >/dev/null || { echo "torchrun is not on PATH: set SETUP to the command that activates the environment (in a checkout, make install creates one)"; exit 2; }
+package=$(python -c "import ddp_cifar; print(ddp_cifar.__path__[0])") || { echo "ddp_cifar is not installed in the environment"; exit 2; }
+checksums() { (cd "$1" && find . -name "*.py" -o -name "*.sh" -o -name "*.yaml" | LC_ALL=C sort | xargs sha256sum); }
+echo "files $(for part in launch "$package" configs; do [ ! -d "$part" ] || checksums "$part"; done | sha256sum | cut -c 1-12)"'
 if [ "$module" = ddp_cifar.train ]; then
   check+="; ranks=\${NPROC_PER_NODE:-\$(count_gpus)}; [ \"\$ranks\" -gt 0 ] || ranks=1
 python -m ddp_cifar.train --dry-run --nodes $NNODES --nproc-per-node \"\$ranks\" $quoted 2>&1"
@@ -101,7 +103,7 @@ for i in "${!hosts[@]}"; do
   elif [ "$check_status" != 0 ]; then
     echo "error: ${hosts[i]}: ${reason:-exit status $check_status}" >&2
   elif [ -n "$files" ] && [ "$found" != "$files" ]; then
-    echo "error: $folder differs between ${hosts[i]} (${found}) and ${hosts[0]} ($files): check out the same commit on both" >&2
+    echo "error: ddp_cifar or $folder differs between ${hosts[i]} (${found}) and ${hosts[0]} ($files): check out the same commit, or install the same version, on both" >&2
   else
     continue
   fi

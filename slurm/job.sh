@@ -157,7 +157,7 @@ split_options() {
 # dry_run_before_submitting: train --dry-run on this machine, with the values that split_options has set.
 dry_run_before_submitting() {
   if ! command -v torchrun >/dev/null; then
-    [ ${#srun_options[@]} != 0 ] || user_error "torchrun is not on PATH: set up the environment in slurm/site.sh, or create one with \`make install\`"
+    [ ${#srun_options[@]} != 0 ] || user_error "torchrun is not on PATH: set up the environment of ddp_cifar in slurm/site.sh (in a checkout, \`make install\` creates one)"
     echo "skipping the dry run before submission: torchrun exists only in the job's container" >&2
     return
   fi

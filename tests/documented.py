@@ -15,6 +15,7 @@ PAGES = (
 PROGRAMS = {
     *(
         "torchrun",
+        "ddp-cifar",
         "python",
         "pip",
         "make",

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import ddp_cifar
-
-COMMANDS = "train prepare evaluate predict export compare sweep checkpoints preflight benchmark scaling".split()
+from ddp_cifar.__main__ import COMMANDS
 
 WITHOUT_TORCH = """
 import contextlib, io, json, sys

@@ -70,6 +70,7 @@ RUN_BY = {
     r"ddp_cifar\.config\.reference": "config/test_reference.py::test_the_config_reference_matches_the_schema",
     r"augment\.name=(augmentations|color):": "data/test_augment.py::test_the_augmentations_of_the_page_differ_per_image",
     r"^torchrun --nproc_per_node=2 program\.py": "test_api.py::test_the_program_of_the_python_page_runs_on_two_ranks",
+    r"^(pip wheel|ddp-cifar) ": "test_packaging.py::test_an_installed_wheel_trains_and_evaluates_in_an_empty_folder",
     r"^tests/\S+\.py$": "",
 }
 """The test that runs each command that needs a cluster, several hosts, minutes, or special checks."""
@@ -104,6 +105,8 @@ def start_of(text: str) -> Start | None:
         return Start(rest[2].rpartition(".")[2], tuple(rest[3:]), 1, int(found[1])) if rest[1] == "-m" else None
     if program == "python" and rest[0] == "-m":
         return Start(rest[1].rpartition(".")[2], tuple(rest[2:]))
+    if program == "ddp-cifar":
+        return Start(rest[0], tuple(rest[1:]))
     if program in ("launch/local.sh", "launch/node.sh"):
         return Start(module, tuple(rest), nodes, ranks)
     if program == "launch/preflight.sh":

@@ -70,6 +70,8 @@ CONFIG_ERRORS = [
     (["optim.name=lion"], ["optim.name=lion", "adam, adamw, sgd"]),
     (["train.global_batch_size=0"], ["train.global_batch_size=0", "1 or more"]),
     (["nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+    (["dmo"], ["known names: article, cifar10, demo, resnet18, speed; did you mean demo?"]),
+    (["elsewhere/demo.yaml"], ["elsewhere/demo.yaml: No such file", "did you mean demo?"]),
     (["configs"], ["configs", "Is a directory"]),
     (["configs/demo.yaml", "configs/article.yaml"], ["'configs/article.yaml'", "key=value"]),
     (["--epochs", "3"], ["--help"]),

@@ -13,7 +13,8 @@ PACKAGE = Path(ddp_cifar.__file__).parent
 # first line is the Python API, ddp_cifar/__init__.py.
 LEVELS = """
     ddp_cifar
-    train prepare evaluate predict export compare sweep checkpoints preflight benchmark scaling
+    __main__
+    train prepare evaluate predict export compare sweep checkpoints preflight benchmark scaling scripts
     checks
     dry_run inference
     training
@@ -22,7 +23,7 @@ LEVELS = """
     command
     config distributed
     registry log
-    errors seeding text_files
+    errors seeding shipped text_files
 """
 LEVEL_OF = {part: number for number, line in enumerate(LEVELS.split("\n")) for part in line.split()}
 MAX_LINES = 300

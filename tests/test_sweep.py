@@ -36,6 +36,16 @@ def test_each_combination_is_a_run_with_the_values_as_typed(tmp_path: Path) -> N
     assert moved[0].arguments[-1] == "run_dir=over there/lr=5e-4,seed=0"
 
 
+def test_a_sweep_of_the_project_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = expand(Path("lr"), [])
+    assert len(runs) == 4
+    assert runs[0].arguments[0] == "demo"
+    assert runs[0].arguments[-1] == "run_dir=runs/sweeps/lr/lr=5e-4,seed=0"
+    with pytest.raises(UserError, match=r"cannot read the config file lrs: .*; known names: lr; did you mean lr"):
+        expand(Path("lrs"), [])
+
+
 def test_sections_may_be_nested_and_run_names_stay_distinct(tmp_path: Path) -> None:
     text = "grid:\n  model: {name: [cnn, resnet9], init: [random]}\n  optim: {name: [sgd]}\n"
     assert [run.name for run in expand(write(tmp_path, text), [])] == [

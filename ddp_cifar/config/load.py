@@ -13,9 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ddp_cifar.config.schema import Config, fields, find_setting, flatten, get
 from ddp_cifar.config.text import by_looks, entries, help_text, parse_yaml, to_yaml, type_name
-from ddp_cifar.errors import UserError, first_line
+from ddp_cifar.errors import UserError, did_you_mean, first_line
 from ddp_cifar.log import show
 from ddp_cifar.registry import BUILT_IN, check_name
+from ddp_cifar.shipped import RECIPES, recipes
 from ddp_cifar.text_files import read_text
 
 
@@ -67,10 +68,18 @@ def load_config(argv: Sequence[str], base: Mapping[str, Any] | None = None) -> C
     return config
 
 
-def read_yaml(path: str) -> yaml.Node | None:
-    """Return the content of a YAML file as nodes, None if it is empty. Raises `UserError` if it cannot be read."""
+def read_yaml(path: str, folder: str = RECIPES) -> yaml.Node | None:
+    """Return the content of a YAML file as nodes, None if it is empty. Raises `UserError` if it cannot be read.
+
+    If there is no file `path`, it may be the name of a recipe in `folder`.
+    """
+    known = recipes(folder)
     try:
-        text = read_text(Path(path))
+        file = Path(path) if os.path.isfile(path) else known.get(path, Path(path))
+        text = read_text(file)
+    except FileNotFoundError as error:
+        parts = (error.strerror, f"known names: {', '.join(known)}", did_you_mean(Path(path).stem, known))
+        raise UserError(f"cannot read the config file {path}: {'; '.join(filter(None, parts))}") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         if isinstance(error, UnicodeDecodeError):

@@ -16,6 +16,7 @@ import yaml
 from ddp_cifar.config.schema import Config, Setting, fields, find_setting, to_dict
 from ddp_cifar.errors import UserError, first_line
 from ddp_cifar.registry import BUILT_IN
+from ddp_cifar.shipped import recipes
 
 MAX_NODES = 100_000
 
@@ -132,6 +133,7 @@ def help_text() -> str:
     """The text of `--help`: every key with its type, default and docstring."""
     lines = ["usage: [torchrun ...] python -m ddp_cifar.COMMAND [CONFIG.yaml] [key=value ...]", ""]
     lines += [
+        f"  CONFIG.yaml     a file, or the name of a recipe: {', '.join(recipes())}",
         "  --help          print this text and exit",
         "  --print-config  print the resolved config as YAML and exit",
         "  --dry-run [--nodes N] [--nproc-per-node N]",

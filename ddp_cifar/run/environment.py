@@ -12,10 +12,10 @@ import ddp_cifar
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, torch, CUDA, NCCL and the project's files, and the commit if it is a checkout."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__), "project": f"files {_project()}"}
-    folder = str(Path(ddp_cifar.__file__).parent)
-    if commit := output_of("git", "-c", "safe.directory=*", "-C", folder, "rev-parse", "HEAD"):
+    """Return the versions of Python, torch, CUDA, NCCL and the project, and the commit if the project is a checkout."""
+    project = f"{ddp_cifar.__version__}, files {_project()}"
+    found = {"python": platform.python_version(), "torch": str(torch.__version__), "project": project}
+    if commit := _commit():
         found["commit"] = commit[:12]
     if torch.cuda.is_available():
         found["CUDA"] = str(torch.version.cuda)
@@ -36,6 +36,13 @@ def output_of(*command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
         return done.stdout.strip() if done.returncode == 0 else ""
     return ""
+
+
+def _commit() -> str:
+    """Return the commit of the checkout; empty if the package is none, even if it is installed inside another repository."""
+    git = ("git", "-c", "safe.directory=*", "-C", str(Path(ddp_cifar.__file__).parent))
+    is_tracked = output_of(*git, "ls-files", "--full-name", "__init__.py") == "ddp_cifar/__init__.py"
+    return output_of(*git, "rev-parse", "HEAD") if is_tracked else ""
 
 
 def _project() -> str:

@@ -57,6 +57,19 @@ def test_every_recipe_is_valid_and_its_head_has_its_command_and_its_result(path:
     assert "docs/results.md" in head or "No measured result" in head
 
 
+def test_a_recipe_is_found_by_its_name_unless_a_file_has_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_path = config_of("configs/demo.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert config_of("demo") == by_path
+    assert by_path.run_dir == "runs/demo"
+    Path("demo").mkdir()
+    assert config_of("demo") == by_path, "a folder is no recipe"
+    Path("article").write_text("train: {epochs: 7}")
+    assert config_of("article").train.epochs == 7
+
+
 def test_every_sweep_is_valid() -> None:
     for path in Path("configs", "sweeps").glob("*.yaml"):
         assert len(expand(path, [])) > 1

@@ -389,6 +389,14 @@ def test_the_scripts_of_a_copy_run_that_copy_with_its_site_settings(cluster: Clu
     assert not list(tmp_path.glob(".evaluate-*"))
 
 
+def test_scripts_in_a_folder_without_a_checkout_run_the_installed_package(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.run("python", "-m", "ddp_cifar.scripts", "the scripts", cwd=tmp_path)
+    script = README["plain"].replace("slurm/train.sh", "'the scripts/slurm/train.sh'")
+    (job,) = submit(cluster, tmp_path, script, "demo", *ARGUMENTS, "train.max_steps=2")
+    cluster.wait_for(job, "COMPLETED", timeout=60)
+    assert (tmp_path / "runs" / f"ddp_cifar-{job}" / "status").read_text() == "finished\n"
+
+
 def test_run_directly_the_script_checks_the_run_and_then_submits(cluster: Cluster, tmp_path: Path) -> None:
     line = (*ARGUMENTS, "train.max_steps=2", "run_dir=run here")
     options = ("--nodes", "2", "--gpus-per-node=a-kind:2", "-o", "a folder/%j.out")
