@@ -174,6 +174,6 @@ def test_an_installed_wheel_trains_and_evaluates_in_an_empty_folder(installed: I
     assert two.status == 0, two.err
     assert [row["step"] for row in rows_of(installed.folder / "runs" / "two")][-1] == 2
 
-    evaluated = installed.run("ddp-cifar", "evaluate", "runs/two")
+    evaluated = installed.run("ddp-cifar", "evaluate", "runs/two", "--trust")
     assert evaluated.status == 0, evaluated.err
     assert "test" in evaluated.out
