@@ -38,6 +38,6 @@ def parse_json(text: str) -> Any:
 
 
 def _open(path: Path) -> IO[bytes]:
-    if path.exists() and not path.is_file():  # a pipe would block, and a device has no end
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would block, and a device has no end
         raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
     return open(path, "rb")
