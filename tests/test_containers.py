@@ -16,7 +16,7 @@ def copied(recipe: str) -> set[str]:
     if recipe == CONTAINERFILE:
         lines = re.findall(r"^COPY (.+) \S+$", recipe, flags=re.MULTILINE)
     else:
-        lines = re.findall(r"^    (\S+) /ddp_cifar/$", recipe, flags=re.MULTILINE)
+        lines = re.findall(r"^    (\S+) /opt/ddp_cifar/$", recipe, flags=re.MULTILINE)
     return {name for line in lines for name in line.split()}
 
 

@@ -33,7 +33,7 @@ CANNOT = {
     r"^py-spy ": "is not installed by the project",
     r"^touch (RUN_DIR|runs)\S*/(STOP|SAVE)$": "tests/test_faults.py does this to running runs",
     r"^cp slurm/site": "tests/slurm/test_train.py uses another site.sh",
-    r"^(srun_options=|exec apptainer|sbatch --container|sbatch --mem$)": "part of a script, or only an option",
+    r"^(srun_options=|sbatch --container|sbatch --mem$)": "part of a script, or only an option",
     r"^(podman|apptainer) |^mkdir -p runs$": "builds or runs an image; tests/test_containers.py checks its recipes",
     r"^torch\.save": "needs the class of the original script",
     r"^torchrun (is not on PATH|--max-restarts)|^\.\.\. is not": "is a message or an option",
