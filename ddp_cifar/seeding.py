@@ -17,7 +17,7 @@ def derive_seed(purpose: str, *numbers: int) -> int:
     It is a hash, so that consecutive numbers and different purposes give unrelated streams.
     """
     text = ":".join([purpose, *map(str, numbers)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def generator(purpose: str, *numbers: int) -> torch.Generator:

@@ -163,12 +163,12 @@ def decode_all(paths: Sequence[str], image_shape: ImageShape, num_workers: int) 
         return answer
 
     with contextlib.ExitStack() as stack:
-        # -P: otherwise Python would search this file's folder for modules
-        command = [sys.executable, "-P", __file__, *map(str, image_shape)]
+        command = [sys.executable, __file__, *map(str, image_shape)]
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": "1",
-        }  # otherwise numpy starts one thread per core in each process
+            "OMP_NUM_THREADS": "1",  # otherwise numpy starts one thread per core in each process
+            "PYTHONSAFEPATH": "1",  # do not search this file's folder for modules; Python 3.10 still does
+        }
         for _ in range(num_workers):
             worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
             stack.callback(_end, worker)

@@ -5,14 +5,14 @@ import os
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from ddp_cifar.distributed.environment import _from_environment, local_rank_and_world_size, rank_and_world_size
-from ddp_cifar.distributed.world import COLLECTIVE_TIMEOUT, World
+from ddp_cifar.distributed.world import COLLECTIVE_TIMEOUT, World, open_group, stdout_without_gloo
 from ddp_cifar.errors import UserError, first_line
 
 
@@ -58,14 +58,15 @@ def open_world(
             options |= {"store": PrefixStore("world", store), "rank": rank, "world_size": world_size}
         elif _is_restarted_on_a_used_store():
             options |= {"store": _unused_part_of_the_store(), "rank": rank, "world_size": world_size}
-        dist.init_process_group(**options)
+        with stdout_without_gloo():
+            dist.init_process_group(**options)
     except (RuntimeError, ValueError, dist.DistError) as error:
         host, port = os.environ.get("MASTER_ADDR", "?"), os.environ.get("MASTER_PORT", "?")
         raise UserError(
             f"rank {rank} on {socket.gethostname()} could not join the {world_size} ranks at {host}:{port} over {backend} "
             f"({first_line(error)}): start all ranks with torchrun, and check that this host can reach that address"
         ) from error
-    control_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+    control_group = open_group("gloo", timeout)
     succeeded = False
     try:
         yield World(rank, local_rank, world_size, local_world_size, rank_device, backend, control_group)
@@ -80,7 +81,8 @@ def open_world(
 @contextlib.contextmanager
 def open_world_alone() -> Iterator[World]:
     """Open a world of one process on the CPU, whatever its environment."""
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    with stdout_without_gloo():
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     group = dist.distributed_c10d._get_default_group()
     try:
         yield World(0, 0, 1, 1, torch.device("cpu"), "gloo", group)

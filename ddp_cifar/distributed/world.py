@@ -5,8 +5,9 @@ Without torchrun the process group has one process; nothing else differs.
 
 import contextlib
 import inspect
+import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -24,6 +25,30 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # gloo's default
 
 
 NODE_TIMEOUT = timedelta(days=1)  # for the other ranks of a node while its first one downloads or decodes
+
+
+@contextlib.contextmanager
+def stdout_without_gloo() -> Iterator[None]:
+    """Open groups in this context: what gloo prints goes to stderr, as stdout may be the CSV of predict.
+
+    gloo prints a line per group before torch 2.11.
+    """
+    if torch.__version__ >= "2.11":  # compared as versions
+        yield
+        return
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def open_group(backend: str, timeout: timedelta) -> dist.ProcessGroup:
+    """Open another group of all ranks. Every rank must call it."""
+    with stdout_without_gloo():
+        return cast(dist.ProcessGroup, dist.new_group(backend=backend, timeout=timeout))
 
 
 @dataclass(frozen=True)
@@ -106,7 +131,7 @@ class World:
 
     def new_group(self, timeout: timedelta = COLLECTIVE_TIMEOUT, backend: str | None = None) -> dist.ProcessGroup:
         """Open another group of all ranks, for collectives in an independent order. Every rank must call it."""
-        return cast(dist.ProcessGroup, dist.new_group(backend=backend or self.backend, timeout=timeout))
+        return open_group(backend or self.backend, timeout)
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0 and return its result on every rank. An exception is raised on every rank.

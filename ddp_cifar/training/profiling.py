@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
 from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -16,7 +15,7 @@ TOP_KERNELS = 10
 class NullProfiler:
     """Records nothing. Used if `train.profile_steps` is not set."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "NullProfiler":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -49,7 +48,7 @@ class Profiler(NullProfiler):
         )
         self.recorder.record_steps = False  # a step is not a kernel, and would be first in the table
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Profiler":
         self.recorder.__enter__()
         return self
 

@@ -1,8 +1,15 @@
 """Exchanges between ranks."""
 
-from ranks import RankPool
+import os
+from datetime import timedelta
 
-from ddp_cifar.distributed.world import World
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankPool
+from torch.torch_version import TorchVersion
+
+from ddp_cifar.distributed.world import World, open_group
 
 
 class Unsendable(Exception):
@@ -25,3 +32,17 @@ def fail_on_the_first(world: World) -> list[str]:
         except RuntimeError as error:
             messages.append(str(error))
     return messages
+
+
+@pytest.mark.parametrize(("version", "is_redirected"), [("2.9.1", True), ("2.11.0a0+nv", True), ("2.11.0+cpu", False)])
+def test_what_gloo_prints_when_a_group_opens_is_not_on_stdout(
+    version: str, is_redirected: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before torch 2.11, gloo prints. An alpha of 2.11 may be older than the change."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    monkeypatch.setattr(dist, "new_group", lambda **_: os.write(1, b"[Gloo] connected"))
+    open_group("gloo", timedelta(seconds=1))
+    os.write(1, b"a row")
+    out, err = capfd.readouterr()
+    assert out == ("a row" if is_redirected else "[Gloo] connecteda row")
+    assert err == ("[Gloo] connected" if is_redirected else "")

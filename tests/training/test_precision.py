@@ -17,6 +17,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from ddp_cifar.data import build_dataset
 from ddp_cifar.distributed.world import World
+from ddp_cifar.training.precision import bf16_is_native
 
 SETTINGS = (*TEN_STEPS, "train.micro_batch_size=16")
 
@@ -52,6 +53,17 @@ def test_fp16_gradients_equal_fp32_gradients_up_to_rounding(alone: World) -> Non
         gradients[precision] = trainer.model.fc_layer[6].weight.grad
     difference = (gradients["fp16"] - gradients["fp32"]).norm() / gradients["fp32"].norm()
     assert 0 < difference < 0.01
+
+
+@pytest.mark.parametrize("found", [True, False])
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16"])
+def test_a_cpu_with_bf16_is_recognized_by_every_torch(name: str, found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: found}, raising=False)
+    assert bf16_is_native(torch.device("cpu")) is found
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as before torch 2.11
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: name == "avx512_bf16" and found)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: name == "amx_bf16" and found)
+    assert bf16_is_native(torch.device("cpu")) is found
 
 
 @pytest.mark.gpu
