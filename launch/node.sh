@@ -17,8 +17,8 @@
 #   MODULE           the Python module that every rank runs; default ddp_cifar.train
 #   NODE_NAME        the name of this node in the preflight's report; default: its host name
 #   LOG_DIR          an existing folder in which to keep torchrun's error files; default: they are removed
-#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds that ranks have to exit after another rank failed; default 60 (preflight: 15);
-#                    always 30 with torch before 2.12, whose torchrun has no such setting
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds that ranks have to exit after another rank failed; default 60 (preflight: 15)
+#   (always 30 with torch before 2.12, whose torchrun has no such setting)
 #
 # Ctrl-C, SIGTERM and SIGUSR1 are forwarded to the ranks, which save, stop after the same step, and exit with status 0. A
 # second Ctrl-C terminates them immediately. On SIGQUIT, torchrun shuts the ranks down. After a failure, the last line is

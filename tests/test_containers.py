@@ -1,8 +1,8 @@
 """The recipes of the images name files, packages and versions that exist and agree. Building them needs podman and Apptainer."""
 
 import re
-import tomllib
 
+import tomllib
 from documented import commands_of
 from launched import CHECKOUT
 
