@@ -161,6 +161,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path, State], None], str]] = {
     "not a dict": (lambda p, s: write(p, [1, 2]), "is not a checkpoint"),
     "a config without names": (lambda p, s: write(p, {**s, "config": {1: 2}}), "its config is not a dict of names"),
     "a config that is text": (lambda p, s: write(p, {**s, "config": "seed: 1"}), "its config is not a dict of names"),
+    "a config of one key": (lambda p, s: write(p, {**s, "config": {"seed": [1]}}), "seed=[1] has the wrong type"),
     "a wrong type": (lambda p, s: write(p, with_config(s, seed=[1])), "seed=[1] has the wrong type"),
     "an interpolation": (lambda p, s: write(p, with_config(s, seed="${oc.env:HOME}")), "seed"),
     "progress that is text": (lambda p, s: write(p, {**s, "progress": {"step": "1"}}), "its progress is not numbers"),

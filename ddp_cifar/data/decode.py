@@ -38,9 +38,8 @@ TURNS = {
 MAX_PIXELS = 2**28
 """The largest image that is decoded, 16,384 x 16,384 pixels, in 0.8 GB: a file of a few KB can claim to have more."""
 
-Image.MAX_IMAGE_PIXELS = (
-    None  # Pillow's limit is smaller, and does not know that a JPEG is decoded at a part of its size
-)
+# Pillow's own limit is smaller, and does not know that a JPEG is decoded at a part of its size.
+Image.MAX_IMAGE_PIXELS = None
 
 
 class DecodeError(ValueError):

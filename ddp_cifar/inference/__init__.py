@@ -45,7 +45,7 @@ def open_trained(source: str, arguments: Sequence[str], uses: Sequence[str], *, 
     with open_world(asked.device, asked.backend) as world:
         loaded = world.on_main(lambda: _read(Path(source)))
         trained = _config_of(loaded)
-        if missing_for(str(trained["precision"]), world.device):
+        if missing_for(str(trained.get("precision")), world.device):
             trained["precision"] = "auto"
         config = load_config(arguments, base=trained)
         if not trust:
