@@ -141,6 +141,7 @@ def test_the_program_of_the_python_page_runs_on_two_ranks(tmp_path: Path, shell:
     assert [path.name for path in (tmp_path / "runs" / "notebook").glob("step_*")] == ["step_00000003.pt"]
 
 
+@pytest.mark.slow
 def test_the_resuming_page_compares_states_by_sha256(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Callable[..., Any], capfd: pytest.CaptureFixture[str]
 ) -> None:

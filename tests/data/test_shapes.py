@@ -1,5 +1,6 @@
 """The generated data set."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from helpers import config_of
@@ -24,6 +25,7 @@ def test_the_same_seed_gives_the_same_shapes(alone: World) -> None:
     assert one.classes == tuple(FORMS)
 
 
+@pytest.mark.slow
 def test_a_linear_model_is_far_less_accurate_than_the_cnn_on_shapes(alone: World) -> None:
     """The CNN of the demo reaches 95 %; logistic regression, trained to convergence, stays below 50 %."""
     dataset = shapes(alone)
