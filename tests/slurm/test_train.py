@@ -122,7 +122,8 @@ def test_a_job_finishes_with_its_arguments_unchanged(cluster: Cluster, tmp_path:
     log = cluster.log(job)
     assert f"job {job}: start 1, 20 requeues left\n" in log
     assert f"nodes: 2 (node[1-2]), rendezvous at node1:2000{job}; per node: 2 ranks, 3 cores\n" in log
-    assert f"run_dir: {run_dir}\nto follow: tail -f {folder}/slurm-{job}.out\nto stop: touch {run_dir}/STOP" in log
+    stop = r"it\'s\ a\ \"run\"\ \$HOME\;\ \*/STOP"
+    assert f"run_dir: {run_dir}\nto follow: tail -f {folder}/slurm-{job}.out\nto stop: touch {stop} (saves" in log
     assert "32 images per step = 4 ranks x 1 micro-batch of 8 images" in log
     assert re.search(r"^[01]: \[rank 0\] .*finished: epoch 3", log, re.MULTILINE)
     assert "warning" not in log
