@@ -26,7 +26,8 @@ SHAPES = ("data.name=shapes", "data.shapes.train_images=64", "data.shapes.test_i
 CANNOT = {
     r"^tests/compat\.sh$": "downloads several gigabytes for every version of torch",
     r"^make (demo|test|test-all|install|soak|dashboard)\b": "takes minutes; only its target in the Makefile is checked",
-    r"^(make install PYTHON|git (clone|worktree)|pip install|module |export PYTHON_EXEC=)": "installs software, copies a checkout, or is local",
+    r"^(make install PYTHON|git (clone|worktree)|pip install|module )": "installs software, copies a checkout, or is local",
+    r"^export PYTHON_EXEC=": "needs a cluster's module with torch",
     r"^(apt-get|python3 -m venv|source|conda) ": "installs packages, or creates an environment",
     r"^(sinfo|squeue|sacct|scontrol|df|tail|pip list) ": "queries a cluster or machine that does not exist here",
     r"^scancel ": "cancels a job; tests/slurm/test_train.py sends these signals",
