@@ -375,7 +375,7 @@ def test_the_scripts_of_a_copy_run_that_copy_with_its_site_settings(cluster: Clu
     assert (run_dir / "status").read_text() == "finished\n"
 
     (evaluation,) = submit(
-        cluster, copy, README["evaluate"].replace("runs/demo", str(run_dir.relative_to(copy))), "device=cpu"
+        cluster, copy, README["evaluate"].replace("runs/demo", str(run_dir.relative_to(copy))), "device=cpu", "--trust"
     )
     cluster.wait_for(evaluation, "COMPLETED", timeout=60)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
