@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +18,7 @@ def read_text(path: Path) -> str:
         content = file.read(MAX_TEXT_BYTES + 1)
     if len(content) > MAX_TEXT_BYTES:
         raise ValueError(f"it is larger than {MAX_TEXT_BYTES // 2**20} MiB")
-    return content.decode("utf-8")
+    return _decode(content)
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -26,7 +27,7 @@ def read_lines(path: Path) -> Iterator[str]:
         while line := file.readline(MAX_LINE_BYTES + 1):
             if len(line) > MAX_LINE_BYTES:
                 raise ValueError(f"it has a line of more than {MAX_LINE_BYTES // 2**20} MiB")
-            yield line.decode("utf-8")
+            yield _decode(line)
 
 
 def parse_json(text: str) -> Any:
@@ -37,7 +38,17 @@ def parse_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def _decode(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8 text") from error
+
+
 def _open(path: Path) -> IO[bytes]:
-    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would block, and a device has no end
+    """Open a regular file. A pipe would wait for a writer, and a device has no end."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 - returned
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
         raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
-    return open(path, "rb")
+    return file

@@ -82,8 +82,6 @@ def read_yaml(path: str, folder: str = RECIPES) -> yaml.Node | None:
         raise UserError(f"cannot read the config file {path}: {'; '.join(filter(None, parts))}") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        if isinstance(error, UnicodeDecodeError):
-            reason = "it is not UTF-8 text"
         raise UserError(f"cannot read the config file {path}: {reason}") from error
     return parse_yaml(text, f"{path} is not YAML")
 

@@ -19,6 +19,7 @@ from ddp_cifar.registry import BUILT_IN
 from ddp_cifar.shipped import recipes
 
 MAX_NODES = 100_000
+"""The most values in a YAML text. A recipe has tens, a sweep perhaps thousands."""
 
 
 def parse_yaml(text: str, problem: str) -> yaml.Node | None:
@@ -38,11 +39,13 @@ def parse_yaml(text: str, problem: str) -> yaml.Node | None:
 
 def _check_nodes(node: yaml.Node | None, counter: Iterator[int]) -> None:
     """Count the nodes as often as aliases repeat them: nested aliases can turn a few lines into billions of values."""
-    if node is not None and next(counter) > MAX_NODES:
+    if node is None:
+        return
+    if next(counter) > MAX_NODES:
         raise yaml.MarkedYAMLError(
             problem=f"more than {MAX_NODES:,} values, counting aliases", problem_mark=node.start_mark
         )
-    if node is not None and not re.fullmatch(r"tag:yaml\.org,2002:\w+", node.tag):
+    if not re.fullmatch(r"tag:yaml\.org,2002:\w+", node.tag):
         raise yaml.MarkedYAMLError(problem=f"the tag {node.tag} is not allowed", problem_mark=node.start_mark)
     if isinstance(node, yaml.SequenceNode):
         for child in node.value:

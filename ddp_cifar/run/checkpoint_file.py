@@ -26,6 +26,8 @@ PARTS = ("model", "optimizer", "progress", "config")
 """The keys of every checkpoint."""
 
 MAX_VALUES = 1_000_000
+"""The most dicts, lists, keys, numbers and tensors in a file. A checkpoint has thousands."""
+
 MAX_GROWTH, MIN_LIMIT_BYTES = 4, 64 * 2**20
 """The tensors of a file may have MAX_GROWTH times its bytes, because tensors may share memory, plus MIN_LIMIT_BYTES."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_cifar.errors import UserError
-from ddp_cifar.run.run_dir import is_row, read_rows
+from ddp_cifar.run.run_dir import is_row
 from ddp_cifar.text_files import parse_json, read_lines
 from ddp_cifar.tracking.base import NullTracker, Scalars
 
@@ -48,10 +48,10 @@ class JsonLinesTracker(NullTracker):
 
 def last_value(metrics: Path, tag: str) -> float:
     """Return the value of `tag` in the last row that has it, or 0. The file must be cleaned by `drop_later_rows`."""
-    found = 0.0
-    for row in read_rows(metrics):
-        found = value if isinstance(value := row.get(tag), float | int) else found
-    return float(found)
+    for line in reversed(list(read_lines(metrics))):
+        if isinstance(value := parse_json(line).get(tag), float | int):
+            return float(value)
+    return 0.0
 
 
 def drop_later_rows(path: Path, step: int, epoch: int) -> tuple[list[dict[str, Any]], bool]:
