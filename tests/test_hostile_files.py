@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from zlib import compress, crc32
 
 import numpy as np
 import pytest
@@ -17,16 +18,24 @@ import torch
 from helpers import run_on, save_untrained
 from image_folders import write_tree
 
+from ddp_cifar import checkpoints
+from ddp_cifar.compare import Run
 from ddp_cifar.config import DataConfig, load_config
 from ddp_cifar.data import build_dataset
 from ddp_cifar.data.cache import make_once
 from ddp_cifar.data.decode import DecodeError, decode
+from ddp_cifar.distributed.rendezvous import open_world
 from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import UserError
 from ddp_cifar.inference import load_trained
+from ddp_cifar.log import printable
 from ddp_cifar.registry import BUILT_IN
 from ddp_cifar.run.checkpoint_file import digest, load_checkpoint
+from ddp_cifar.run.heartbeat import read_sign
 from ddp_cifar.run.resume import load_init
+from ddp_cifar.run.run_dir import RunDir
+from ddp_cifar.sweep import expand
+from ddp_cifar.tracking.jsonl import drop_later_rows
 
 State = dict[str, Any]
 CHECKOUT = Path(__file__).parent.parent
@@ -65,7 +74,6 @@ def peak_mb() -> float:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> State:
     """The state of a sound checkpoint."""
-    from ddp_cifar.distributed.rendezvous import open_world
 
     path = tmp_path_factory.mktemp("sound") / "tiny.pt"
     with open_world("cpu") as world:
@@ -233,7 +241,6 @@ def test_names_that_are_consented_to_are_called(folder: Path, checkpoint: State,
 
 
 def test_the_names_are_listed(folder: Path, checkpoint: State, capsys: pytest.CaptureFixture[str]) -> None:
-    from ddp_cifar import checkpoints
 
     write(folder / "step_00000001.pt", with_config(checkpoint, model__name="strange:function"))
     checkpoints.main([str(folder)])
@@ -261,7 +268,6 @@ def test_control_characters_in_names_do_not_reach_the_terminal(
     classes = [f"\x1b]0;title\x07\x1b[2J{i}" for i in range(10)]
     write(folder / "tiny.pt", {**checkpoint, "classes": classes})
     line = run_on(alone, "evaluate", "tiny.pt")
-    from ddp_cifar.log import printable
 
     assert "\x1b" not in printable(line)
     assert "\\x1b" in printable(line)
@@ -281,8 +287,6 @@ YAML = {
 
 @pytest.mark.parametrize("name", [*YAML, "a device", "a pipe"])
 def test_a_recipe_a_sweep_and_the_config_of_a_run(name: str, folder: Path) -> None:
-    from ddp_cifar.compare import Run
-    from ddp_cifar.sweep import expand
 
     (folder / "run").mkdir()
     (folder / "run" / "metrics.jsonl").write_text("")
@@ -315,8 +319,6 @@ ROWS = {
 @pytest.mark.parametrize("name", [*ROWS, "a device"])
 def test_the_metrics_of_a_run(name: str, folder: Path) -> None:
     """compare says what is wrong; a resume drops such rows, or says so."""
-    from ddp_cifar.compare import Run
-    from ddp_cifar.tracking.jsonl import drop_later_rows
 
     (folder / "config.yaml").write_text("seed: 1\n")
     metrics = folder / "metrics.jsonl"
@@ -329,8 +331,6 @@ def test_the_metrics_of_a_run(name: str, folder: Path) -> None:
 
 
 def test_the_starts_the_status_and_the_heartbeats_of_a_run(folder: Path) -> None:
-    from ddp_cifar.run.heartbeat import read_sign
-    from ddp_cifar.run.run_dir import RunDir
 
     run_dir = RunDir(str(folder))
     run_dir.starts.write_text(
@@ -346,7 +346,6 @@ def test_the_starts_the_status_and_the_heartbeats_of_a_run(folder: Path) -> None
 
 def test_an_image_of_60000_x_60000_pixels(folder: Path) -> None:
     """A PNG of 130 bytes: its header, and no data."""
-    from zlib import compress, crc32
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return len(content).to_bytes(4, "big") + kind + content + crc32(kind + content).to_bytes(4, "big")
