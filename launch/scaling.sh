@@ -19,11 +19,11 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 folder=${1:-}
-case $folder in
-  '' | -* | *=* | *.yaml)
-    user_error "the first argument must be a folder for the results: use launch/scaling.sh FOLDER [CONFIG.yaml] [key=value ...]"
-    ;;
-esac
+# The second line is for a recipe's name, such as demo. A folder of that name can be given as ./demo.
+if [[ $folder == "" || $folder == -* || $folder == *=* || $folder == *.yaml ]] ||
+  [[ $folder != */* && -e $here/../configs/$folder.yaml ]]; then
+  user_error "found ${folder@Q} instead of a folder for the results, such as runs/scaling: expected launch/scaling.sh FOLDER [CONFIG.yaml] [key=value ...]"
+fi
 shift
 cores=$(nproc) gpus=$(count_gpus)
 most=${MAX_RANKS:-$((gpus > 0 ? gpus : cores))} images=${IMAGES:-128}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launched import CHECKOUT
 
 from ddp_cifar import scaling
 
@@ -104,3 +105,22 @@ def test_an_invalid_number_of_ranks_gives_an_error_that_names_it(shell: Shell, t
     done = shell("launch/scaling.sh", str(tmp_path / "out"), RANKS="1 two")
     assert done.status == 2
     assert done.err == "error: RANKS=two is invalid: expected a positive integer\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "found"),
+    [
+        *((text, f"'{text}'") for text in ("", "demo", "configs/demo.yaml", "optim.lr=1", "--rounds")),
+        ("two\nlines=1", r"$'two\nlines=1'"),
+    ],
+)
+def test_another_first_argument_than_a_folder_gives_one_line(
+    first: str, found: str, shell: Shell, tmp_path: Path
+) -> None:
+    done = shell(str(CHECKOUT / "launch" / "scaling.sh"), first, "train.max_steps=1", cwd=tmp_path)
+    assert done.status == 2
+    assert done.err == (
+        f"error: found {found} instead of a folder for the results, such as runs/scaling: "
+        "expected launch/scaling.sh FOLDER [CONFIG.yaml] [key=value ...]\n"
+    )
+    assert list(tmp_path.iterdir()) == []
