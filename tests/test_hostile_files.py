@@ -370,14 +370,20 @@ def test_a_cache_with_objects(folder: Path, alone: World) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_a_cache_planted_by_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_cache_planted_by_another_user(when: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in /tmp, where others may create folders too; the test acts as a user who is neither root nor the owner."""
-    (folder / "planted").mkdir()
     theirs, mine = os.getuid(), os.getuid() + 1
-    os.chown(folder / "planted", mine + 1, -1) if theirs == 0 else None
+
+    def plant(*_: object) -> None:
+        (folder / "planted" / "content").mkdir(parents=True)
+        os.chown(folder / "planted", mine + 1, -1) if theirs == 0 else None
+
     monkeypatch.setattr(os, "geteuid", lambda: mine)
+    if when == "before":
+        plant()
     with pytest.raises(UserError, match=r"planted belongs to another user \(uid \d+\)"):
-        make_once(folder / "planted", lambda temporary: None)
+        make_once(folder / "planted", plant)
 
 
 def test_a_planted_link_in_place_of_a_lock_is_not_followed(folder: Path) -> None:

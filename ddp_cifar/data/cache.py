@@ -17,28 +17,29 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
     """Create `folder` with `make` unless it exists. Other processes, also on other nodes, wait and then use it.
 
     `make` fills a temporary folder, which is then renamed, so that a killed process leaves no incomplete folder. Raises
-    `OSError` if the folder cannot be written, and any exception of `make`.
+    `OSError` if the folder cannot be written, `UserError` if someone could have planted it, and any exception of `make`.
     """
-    if folder.is_dir():
-        check_owner(folder)
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with only_one(folder.with_name(f".{folder.name}.lock")) as is_alone:
+            if not folder.is_dir():
+                _create(folder, make, is_alone)
+    check_owner(folder)
+
+
+def _create(folder: Path, make: Callable[[Path], None], is_alone: bool) -> None:
     prefix = f".{folder.name}.tmp-{socket.gethostname()}-"
-    with only_one(folder.with_name(f".{folder.name}.lock")) as is_alone:
-        if folder.is_dir():
-            check_owner(folder)
-            return
-        if is_alone:
-            # only of this host: on some cluster file systems a lock is local to a host, and another host may be working
-            for left_over in folder.parent.glob(f"{prefix}*"):
-                shutil.rmtree(left_over, ignore_errors=True)
-        temporary = folder.with_name(prefix + secrets.token_hex(8))  # a name that nobody could have used before
-        temporary.mkdir()
-        try:
-            make(temporary)
-            _rename(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    if is_alone:
+        # only of this host: on some cluster file systems a lock is local to a host, and another host may be working
+        for left_over in folder.parent.glob(f"{prefix}*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+    temporary = folder.with_name(prefix + secrets.token_hex(8))  # a name that nobody could have used before
+    temporary.mkdir()
+    try:
+        make(temporary)
+        _rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_owner(folder: Path) -> None:
