@@ -73,12 +73,13 @@ def read_yaml(path: str, folder: str = RECIPES) -> yaml.Node | None:
 
     If there is no file `path`, it may be the name of a recipe in `folder`.
     """
-    known = recipes(folder)
+    known = {} if os.path.isfile(path) else recipes(folder)
     try:
-        file = Path(path) if os.path.isfile(path) else known.get(path, Path(path))
-        text = read_text(file)
+        text = read_text(known.get(path, Path(path)))
     except FileNotFoundError as error:
-        parts = (error.strerror, f"known names: {', '.join(known)}", did_you_mean(Path(path).stem, known))
+        name = Path(path).stem
+        names = f"known names: {', '.join(known)}" if name == path else ""  # not for a path
+        parts = (error.strerror, names, did_you_mean(name, known))
         raise UserError(f"cannot read the config file {path}: {'; '.join(filter(None, parts))}") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

@@ -209,6 +209,33 @@ def test_a_config_file_that_is_not_yaml_gives_one_line(text: str, expected: str,
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("dmo", "; known names: article, cifar10, demo, resnet18, speed; did you mean demo?"),
+        ("mine", "; known names: article, cifar10, demo, resnet18, speed"),
+        ("elsewhere/dmo.yaml", "; did you mean demo?"),
+        ("runs/mine/config.yaml", ""),
+        ("mine.yaml", ""),
+    ],
+)
+def test_only_an_unknown_name_is_answered_with_the_names_of_all_recipes(argument: str, hint: str) -> None:
+    with pytest.raises(UserError) as raised:
+        config_of(argument)
+    assert str(raised.value) == f"cannot read the config file {argument}: No such file or directory{hint}"
+
+
+def test_an_existing_file_has_precedence_over_a_recipe_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo").write_text("seed: 7")
+    assert config_of("demo").seed == 7
+    Path("demo").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="cannot read the config file demo: it is not UTF-8 text"):
+        config_of("demo")
+
+
 def test_an_argument_with_an_equals_sign_that_names_a_file_is_the_config_file(tmp_path: Path) -> None:
     folder = tmp_path / "lr" / "lr=1e-3,seed=0"
     folder.mkdir(parents=True)
