@@ -33,6 +33,18 @@ repeat_error() {
   fi
 }
 
+# died_without_error DIR: true if a rank of the last start in torchrun's log folder DIR was killed: it left neither an error, nor
+# the note that another rank was lost.
+died_without_error() {
+  local folder attempt
+  attempt=$(find "$1" -path '*/attempt_*' -prune -name 'attempt_*' -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d ' ' -f 2-)
+  [ -n "$attempt" ] || return 1
+  for folder in "$attempt"/*/; do
+    [ -e "$folder/error.txt" ] || [ -e "$folder/lost_peer" ] || return 0
+  done
+  return 1
+}
+
 # read_arguments: read arguments from standard input up to an empty one, each ended by a NUL byte. Sets `arguments`. False if
 # there are no more.
 read_arguments() {

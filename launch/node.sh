@@ -104,5 +104,10 @@ set +m
 wait_for "$agent" && status=0 || status=$?
 
 [ "$status" = 0 ] || repeat_error "$log_dir"
-[ -n "${LOG_DIR:-}" ] || rm -rf "$log_dir"
+if [ -z "${LOG_DIR:-}" ]; then
+  rm -rf "$log_dir"
+elif [ -n "${NODE_NAME:-}" ]; then
+  [ "$status" = 0 ] || ! died_without_error "$log_dir" || : >"$LOG_DIR/died-$NODE_NAME"
+  : >"$LOG_DIR/exited-$NODE_NAME"
+fi
 exit "$status"

@@ -30,41 +30,132 @@ set_up_rendezvous() {
   [ -n "$gpus" ] || gpus=$(count_gpus)
   export NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
   check_count NPROC_PER_NODE "$NPROC_PER_NODE"
-  # The rendezvous is on the first node. The port depends on the job id, so that jobs on the same node do not collide.
-  HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p):$((20000 + SLURM_JOB_ID % 10000))
-  export HEAD NNODES=$SLURM_NNODES RUN_ID="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+  export GPUS_PER_NODE=$gpus
   # srun does not inherit --cpus-per-task from sbatch.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+  mapfile -t job_nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  use_nodes "${job_nodes[@]}"
 }
 
-# start_nodes LOG_DIR ARGUMENT...: run launch/node.sh on every node of the job, in the background. Sets `step` to srun's pid.
+# use_nodes NODE...: the next start_nodes uses these nodes. The rendezvous is on the first one. Its port depends on the job and on
+# the number of starts, so that it is free.
+attempt=0 again=()
+use_nodes() {
+  chosen=("$@") attempt=$((attempt + 1))
+  # --overlap: Slurm may still count an earlier start as running
+  [ "$*" = "${job_nodes[*]}" ] && [ "$attempt" = 1 ] || again=(--overlap --nodelist="$(IFS=, && echo "$*")")
+  HEAD=$1:$((20000 + (SLURM_JOB_ID + 7919 * (attempt - 1)) % 10000))
+  export HEAD NNODES=$# RUN_ID="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$attempt"
+}
+
+# start_nodes LOG_DIR ARGUMENT...: run launch/node.sh on the chosen nodes, in the background. Sets `step` to srun's pid.
 # Creates LOG_DIR, in which the ranks of all nodes leave their errors.
 start_nodes() {
   rm -rf "$1" # left by an earlier start that lost its node
   mkdir -p "$1"
   export LOG_DIR=$1
   shift
+  work=$(mktemp -d)
+  mkfifo "$work/errors"
+  copy_errors <"$work/errors" &
+  copier=$!
   # shellcheck disable=SC2016 # expanded on the node, where Slurm sets the variable
-  srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --export=ALL --label \
+  srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 "${again[@]}" --export=ALL --label --no-kill \
     --kill-on-bad-exit="${kill_on_bad_exit:-1}" "${srun_options[@]}" \
-    bash -c 'NODE_NAME=$SLURMD_NODENAME exec "$0" "$@"' "$checkout/launch/node.sh" "$@" </dev/null &
+    bash -c 'NODE_NAME=$SLURMD_NODENAME exec "$0" "$@"' "$checkout/launch/node.sh" "$@" </dev/null 2>"$work/errors" &
   # shellcheck disable=SC2034 # used by the caller
   step=$!
   [ -z "${asked:-}" ] || kill -USR1 "$step" # the signal arrived just before the start
 }
 
+# start_guards: run slurm/guard.sh on up to three other nodes of a batch job.
+start_guards() {
+  local others
+  [ -n "${SLURMD_NODENAME:-}" ] && [ ${#job_nodes[@]} -gt 1 ] || return 0
+  mapfile -t others < <(printf '%s\n' "${job_nodes[@]}" | grep -vx "$SLURMD_NODENAME" | sed -n 1,3p)
+  srun --nodes="${#others[@]}" --ntasks="${#others[@]}" --ntasks-per-node=1 --nodelist="$(IFS=, && echo "${others[*]}")" --overlap \
+    --no-kill --export=ALL "$slurm/guard.sh" "$job" "$SLURMD_NODENAME" </dev/null &
+}
+
+# copy_errors: copy standard input to standard error. Creates $work/exited when srun reports that a task has exited.
+copy_errors() {
+  local line
+  trap '' INT TERM HUP USR1
+  while IFS= read -r line || [ -n "$line" ]; do
+    printf '%s\n' "$line" >&2
+    [[ $line != "srun: error: "*": task"* ]] || : >"$work/exited"
+  done
+}
+
 # finish_nodes: wait for the nodes. Sets `status` to 0, or prints the error of the rank that failed first and sets `status` to
-# that rank's exit status.
+# that rank's exit status. Sets `lost` to the nodes that do not answer.
 finish_nodes() {
-  wait_for "$step" && status=0 || status=$?
-  [ "$status" = 0 ] || repeat_error "$LOG_DIR"
-  rm -rf "$LOG_DIR"
+  local since=''
+  lost=()
+  while kill -0 "$step" 2>/dev/null; do
+    [ -n "$since" ] || [ ! -e "$work/exited" ] || since=$SECONDS
+    if [ -n "$since" ] && [ $((SECONDS - since)) -ge 3 ]; then
+      # srun would wait for a lost node until Slurm notices, after SlurmdTimeout (300 s by default)
+      check_nodes "${chosen[@]}"
+      if [ ${#silent[@]} -gt 0 ]; then
+        # shellcheck disable=SC2034 # used by the caller
+        lost=("${silent[@]}")
+        wait_for_exits "${ready[@]}" "${unfit[@]}"
+        kill -KILL "$step" 2>/dev/null || true
+      fi
+      since=$SECONDS
+    fi
+    sleep 1 &
+    wait $! || true
+  done
+  wait_for "$step" 2>/dev/null && status=0 || status=$?
+  wait_for "$copier" || true
+  rm -rf "$work"
+  [ "$status" = 0 ] || [ ${#lost[@]} -gt 0 ] || repeat_error "$LOG_DIR"
+}
+
+# wait_for_exits NODE...: wait until launch/node.sh has exited on these nodes, for up to 40 s: Slurm kills them after KillWait.
+wait_for_exits() {
+  local until=$((SECONDS + 40)) node
+  for node in "$@"; do
+    while [ "$SECONDS" -lt "$until" ] && [ ! -e "$LOG_DIR/exited-$node" ]; do
+      : >"$LOG_DIR/look" && rm "$LOG_DIR/look" # a changed folder is read anew, also over NFS
+      sleep 0.5
+    done
+  done
+}
+
+# check_nodes NODE...: run launch/check_node.sh on each, at the same time. Sets `ready`, `unfit` (with the reasons in `reasons`), and
+# `silent`: the nodes that do not answer within 10 s.
+# shellcheck disable=SC2034 # used by the caller
+declare -A reasons=()
+# shellcheck disable=SC2034
+check_nodes() {
+  local node results pids=() answer
+  results=$(mktemp -d)
+  ready=() unfit=() silent=()
+  for node in "$@"; do
+    timeout -k 1 10 srun --nodes=1 --ntasks=1 --nodelist="$node" --overlap --no-kill --quiet --export=ALL \
+      "$checkout/launch/check_node.sh" "$run_dir" >"$results/$node" 2>/dev/null </dev/null &
+    pids+=($!)
+  done
+  wait "${pids[@]}" 2>/dev/null || true # without bash's message about killed processes
+  for node in "$@"; do
+    answer=$(tail -n 1 "$results/$node")
+    case $answer in
+      ready) ready+=("$node") ;;
+      '') silent+=("$node") ;;
+      *) unfit+=("$node") reasons[$node]=$answer ;;
+    esac
+  done
+  rm -rf "$results"
 }
 
 # run_module MODULE ARGUMENT...: run the module on every node of this job, and exit with its status.
 run_module() {
   export MODULE=$1
   shift
+  run_dir=$PWD
   trap 'rm -rf "$LOG_DIR"' EXIT
   start_nodes "$PWD/.${MODULE##*.}-$job" "$@"
   finish_nodes

@@ -4,6 +4,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --wait-all-nodes=1
 #
@@ -18,14 +19,17 @@
 # submits the job with sbatch. Typical options: --nodes=4 --gpus-per-node=8 --cpus-per-task=64 --time=8:00:00.
 #
 # The default run_dir is runs/JOB_NAME-JOB_ID. It stays the same when the job is requeued. Two minutes before the time
-# limit, and on preemption, the run saves and stops; the job is requeued and resumes. A crash or a lost node also requeues
-# the job. A user error or an error of the training itself does not.
+# limit, and on preemption, the run saves and stops; the job is requeued and resumes. After a crash or a lost node, the run
+# starts again at once on the nodes that the job still has, from its last completed step. The job is requeued only if too
+# few are left, or if the node of this script is lost. A user error or an error of the training itself ends the job.
 #
 # In an array job, %a in the arguments is replaced by the task id, as in seed=%a. @FILE is replaced by arguments from FILE, which
 # slurm/sweep.sh writes: each is ended by a NUL byte, and an empty one ends the arguments of a task, from task 1 on.
 #
 # Settings (environment variables):
 #   MAX_REQUEUES     how often the job may be requeued; default 20
+#   MIN_NODES        requeue the job if fewer of its nodes are left; default 1
+#   SPARE_NODES      nodes of the job that replace lost ones, and are idle until then; default 0
 #   NPROC_PER_NODE   ranks per node; default: the job's GPUs per node, or 1 without GPUs
 #   OMP_NUM_THREADS, MAX_RESTARTS, LOCAL_ADDR   as in launch/node.sh
 # Put the settings of your site (modules, environment, network interfaces) into slurm/site.sh; see slurm/README.md.
@@ -76,6 +80,14 @@ arguments+=("run_dir=$run_dir")
 # shellcheck disable=SC2016 # an OmegaConf interpolation, not a shell variable
 [[ $run_dir != *'${'* ]] || user_error "run_dir=$run_dir: expected a folder name without \${...}"
 [[ $max_requeues =~ ^[0-9]+$ ]] || user_error "MAX_REQUEUES=$max_requeues is invalid: expected 0 or a positive integer"
+min_nodes=${MIN_NODES:-1} spare_nodes=${SPARE_NODES:-0}
+unset MIN_NODES # launch/node.sh has its own: here, each start has a fixed number of nodes
+check_count MIN_NODES "$min_nodes"
+[[ $spare_nodes =~ ^[0-9]+$ ]] && [ "$spare_nodes" -lt "${#job_nodes[@]}" ] ||
+  user_error "SPARE_NODES=$spare_nodes is invalid: expected 0 to $((${#job_nodes[@]} - 1)), since the job has ${#job_nodes[@]} nodes"
+[ "$min_nodes" -le $((${#job_nodes[@]} - spare_nodes)) ] ||
+  user_error "MIN_NODES=$min_nodes is invalid: the run has $((${#job_nodes[@]} - spare_nodes)) nodes (SPARE_NODES=$spare_nodes)"
+bad_nodes=$run_dir/bad_nodes deaths=$run_dir/logs/deaths-$job
 
 # requeue REASON: requeue the job, so that the run resumes. In a chain, leave that to the next job.
 requeue() {
@@ -95,11 +107,64 @@ requeue() {
   echo "job $job: $1; requeuing the job"
   trap '' TERM # sent by scontrol requeue
   for try in 1 2 3; do
-    scontrol requeue "$job" && exit 0
+    scontrol requeue "$job" && { exclude_bad_nodes && exit 0; }
     sleep $((10 * try)) # the controller may be busy, or failing over to its backup
   done
   echo "error: $1, and Slurm did not requeue the job (see above); $how, or use slurm/chain.sh" >&2
   exit 1
+}
+
+# exclude_bad_nodes: let Slurm start the requeued job on other nodes, if the partition has enough. A job can be changed only while
+# it is pending: after `scontrol requeue`, while Slurm ends this script.
+exclude_bad_nodes() {
+  local excluded all before
+  excluded=$(sed -n '/ does not answer/!s/ .*//p' "$bad_nodes" 2>/dev/null | paste -sd,) # Slurm does not use nodes that are down
+  [ -n "$excluded" ] || return 0
+  all=$(sinfo --noheader --partition="$SLURM_JOB_PARTITION" --Node --format=%N | sort -u | grep -cvxF "${excluded//,/$'\n'}") || true
+  [ "$all" -ge "${#job_nodes[@]}" ] || return 0
+  echo "job $job: excluding $excluded"
+  before=$(scontrol show job "$job" | sed -n 's/.*ExcNodeList=\([^ (]*\).*/\1/p')
+  for _ in {1..50}; do
+    ! scontrol update jobid="$job" ExcNodeList="${before:+$before,}$excluded" 2>/dev/null || return 0
+    sleep 0.2
+  done
+}
+
+# note_bad NODE REASON: do not use this node again in this job.
+note_bad() {
+  ! is_bad "$1" || return 0
+  echo "$1 $2" >>"$bad_nodes" || true
+  echo "job $job: $1 is not used again: it $2"
+}
+is_bad() { grep -qs "^$1 " "$bad_nodes"; }
+
+# list_usable: set `usable` to the nodes of the job that are not bad.
+list_usable() {
+  local node
+  usable=()
+  for node in "${job_nodes[@]}"; do
+    is_bad "$node" || usable+=("$node")
+  done
+}
+
+# choose_nodes: choose the nodes of the next start. False if there are too few.
+choose_nodes() {
+  list_usable
+  [ ${#usable[@]} -ge "$min_nodes" ] && use_nodes "${usable[@]:0:${#job_nodes[@]}-spare_nodes}"
+}
+
+# find_bad_nodes: find out which nodes must not be used again, after a crash.
+find_bad_nodes() {
+  local node
+  for node in "${lost[@]}"; do note_bad "$node" "does not answer"; done
+  for node in "${job_nodes[@]}"; do
+    [ ! -e "$LOG_DIR/died-$node" ] || echo "$node" >>"$deaths"
+    [ "$(sed -n "/^$node\$/p" "$deaths" 2>/dev/null | wc -l)" -lt 2 ] || note_bad "$node" "was the node of two ranks that died"
+  done
+  list_usable
+  check_nodes "${usable[@]}"
+  for node in "${silent[@]}"; do note_bad "$node" "does not answer"; done
+  for node in "${unfit[@]}"; do note_bad "$node" "is not ready: ${reasons[$node]}"; done
 }
 
 # end_job [MESSAGE]: exit without a requeue, and cancel the rest of a chain. With MESSAGE, print it and exit with status 0.
@@ -118,6 +183,8 @@ stop_by_hand() {
   [ -z "$step" ] || kill -s "$signal" "$step" 2>/dev/null || true
 }
 trap stop_by_hand INT HUP
+[ "$requeues" != 0 ] || rm -f "$bad_nodes" "$deaths"
+choose_nodes || requeue "only ${#usable[@]} of its nodes can be used"
 describe_job "$run_dir" "start $((requeues + 1)), $((max_requeues - requeues)) requeues left"
 
 status=0
@@ -126,18 +193,30 @@ if [ "$requeues" = 0 ]; then
   [ "$status" = 0 ] || [ -n "$asked$ended" ] || end_job # the dry run has printed the reason
   status=0
 fi
+start_guards
 # The run writes its status file when it starts to train. An unchanged file is from an earlier start.
 status_stamp() { stat --format='%i %y' "$run_dir/status" 2>/dev/null || true; }
-before=$(status_stamp)
-if [ -z "$asked$ended" ]; then
+state='never started'
+while [ -z "$asked$ended" ]; do
+  before=$(status_stamp) known=$(cat "$bad_nodes" 2>/dev/null || true) state='never started'
   start_nodes "$run_dir/logs/start-$job" "${arguments[@]}"
   finish_nodes
-fi
-state='never started'
-if [ "$(status_stamp)" != "$before" ]; then
-  state=$(cat "$run_dir/status")
-  rm -f "$run_dir/logs/never-started-$job"
-fi
+  if [ "$(status_stamp)" != "$before" ]; then
+    state=$(cat "$run_dir/status")
+    rm -f "$run_dir/logs/never-started-$job"
+  fi
+  [ -z "$asked$ended" ] || break
+  case $state in
+    running) ;;
+    'never started') [ ${#lost[@]} -gt 0 ] || break ;;
+    failed*) [ "$(cat "$bad_nodes" 2>/dev/null || true)" != "$known" ] || break ;; # it has named a bad node
+    *) break ;;
+  esac
+  find_bad_nodes
+  choose_nodes || break
+  echo "job $job: the run crashed; starting again on $NNODES of its ${#job_nodes[@]} nodes ($(IFS=, && echo "${chosen[*]}"))"
+done
+rm -rf "$run_dir/logs/start-$job"
 case $ended,$status,$state in
   1,*)
     echo "job $job: ended by Slurm or by the user; this script does not requeue it. Run status: $state"
@@ -160,5 +239,5 @@ case $ended,$status,$state in
     fi
     requeue "the run did not start"
     ;;
-  *) requeue "the run crashed (status: $state)" ;;
+  *) requeue "the run crashed (status: $state), and ${#usable[@]} of the job's ${#job_nodes[@]} nodes can be used" ;;
 esac

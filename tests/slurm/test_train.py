@@ -84,6 +84,11 @@ class Job:
     def wait_under_way(self) -> None:
         self.cluster.wait_until(self.is_under_way, 90, self.id)
 
+    def moves(self) -> bool:
+        """True if this start has completed a step."""
+        heartbeat = json.loads((self.run_dir / "heartbeats" / "rank_0").read_text())
+        return bool(heartbeat["step"] > self.starts()[-1])
+
     def wait_requeued(self, timeout: float = 90) -> None:
         self.cluster.wait_until(lambda: self.cluster.restarts(self.id) > 0, timeout, self.id)
 
@@ -100,7 +105,8 @@ class Job:
 
     def starts(self) -> list[int]:
         """The step that each start resumed from."""
-        return [json.loads(line)["step"] for line in (self.run_dir / "starts.jsonl").read_text().splitlines()]
+        path = self.run_dir / "starts.jsonl"
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def assert_resumed(job: Job, expected: Result) -> None:
@@ -160,17 +166,67 @@ def test_a_preempted_job_is_requeued(
     assert_resumed(job, uninterrupted(*SHORT))
 
 
-@pytest.mark.parametrize("victim", ["node1", "node2"])
-def test_a_job_that_loses_a_node_is_requeued_on_the_spare_node(
-    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result], victim: str
+def steps_lost(job: Job) -> int:
+    return int(json.loads((job.run_dir / "starts.jsonl").read_text().splitlines()[-1])["steps_lost"])
+
+
+def test_a_job_that_loses_the_node_of_its_script_is_requeued(
+    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result]
 ) -> None:
-    """The script and the rendezvous run on node1."""
     job = Job(cluster, tmp_path, *TWO_NODES)
     job.wait_under_way()
-    cluster.crash(victim)
+    cluster.crash("node1")
     assert_resumed(job, uninterrupted(*SHORT))
-    assert {"node1": "(node[2-3])", "node2": "(node[1,3])"}[victim] in job.log
-    assert cluster.nodes()[victim].startswith("down")
+    assert "(node[2-3])" in job.log
+    assert cluster.nodes()["node1"].startswith("down")
+
+
+def test_a_job_that_loses_another_node_continues_on_the_rest(
+    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result]
+) -> None:
+    """In the same allocation, without a requeue, before Slurm has noticed, from the last completed step."""
+    job = Job(cluster, tmp_path, "--nodes=3", arguments=(*SHORT, *REPRODUCIBLE))
+    job.wait_under_way()
+    begun = time.monotonic()
+    cluster.crash("node2")
+    cluster.wait_until(lambda: len(job.starts()) == 2, 60, job.id)
+    assert time.monotonic() - begun < 45
+    assert steps_lost(job) == 0
+    assert job.finish() == uninterrupted(*SHORT, *REPRODUCIBLE)
+    assert cluster.restarts(job.id) == 0
+    assert f"job {job.id}: node2 is not used again: it does not answer" in job.log
+    assert "the run crashed; starting again on 2 of its 3 nodes (node1,node3)" in job.log
+
+
+def test_a_spare_node_replaces_a_lost_one(
+    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is bitwise identical without train.reproducible, as the number of ranks stays the same."""
+    monkeypatch.setenv("SPARE_NODES", "1")
+    job = Job(cluster, tmp_path, "--nodes=3")
+    job.wait_under_way()
+    cluster.crash("node2")
+    assert job.finish() == uninterrupted(*SHORT)
+    assert cluster.restarts(job.id) == 0
+    assert steps_lost(job) == 0
+    assert "starting again on 2 of its 3 nodes (node1,node3)" in job.log
+
+
+def test_a_node_on_which_ranks_die_twice_is_not_used_again(
+    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result]
+) -> None:
+    job = Job(cluster, tmp_path, "--nodes=2", arguments=(*SHORT, *REPRODUCIBLE))
+    for number in (1, 2):
+        cluster.wait_until(lambda number=number: len(job.starts()) == number and job.moves(), 90, job.id)
+        heartbeat = json.loads((job.run_dir / "heartbeats" / "rank_1").read_text())
+        assert heartbeat["host"] == "node2"
+        cluster.on("node2", "kill", "-9", str(heartbeat["pid"]))
+    assert job.finish() == uninterrupted(*SHORT, *REPRODUCIBLE)
+    assert cluster.restarts(job.id) == 0
+    assert steps_lost(job) == 0
+    assert "the run crashed; starting again on 2 of its 2 nodes (node1,node2)" in job.log
+    assert "node2 is not used again: it was the node of two ranks that died" in job.log
+    assert "the run crashed; starting again on 1 of its 2 nodes (node1)" in job.log
 
 
 def test_a_job_is_saved_and_requeued_after_a_signal_to_its_ranks(
@@ -203,17 +259,6 @@ def test_a_canceled_job_is_not_requeued(cluster: Cluster, tmp_path: Path) -> Non
     cluster.wait_idle()
     assert cluster.restarts(job.id) == 0
     assert job.status.startswith("stopped: SIGTERM"), "KillWait is long enough to save"
-
-
-def test_a_job_is_requeued_after_a_rank_is_killed(
-    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result]
-) -> None:
-    job = Job(cluster, tmp_path, *TWO_NODES)
-    job.wait_under_way()
-    heartbeat = json.loads((job.run_dir / "heartbeats" / "rank_1").read_text())
-    cluster.on(heartbeat["host"], "kill", "-9", str(heartbeat["pid"]))
-    assert_resumed(job, uninterrupted(*SHORT))
-    assert "the run crashed (status: running); requeuing the job" in job.log
 
 
 def test_a_typo_fails_the_job_immediately(cluster: Cluster, tmp_path: Path) -> None:
