@@ -34,13 +34,15 @@ def main() -> None:
         common = [*batch_sizes(world, options.batch), "train.straggler_factor=null", "checkpoint.every_minutes=null"]
         off = make_trainer(world, data, *common, f"train.agree_every={NEVER}", "train.fingerprint_every=null")
         off.metrics.counter.ledger = None
+        off.metrics.counter.start_reducing = lambda world: lambda: None  # type: ignore[method-assign]
         on = make_trainer(world, data, *common)
-        on.checkpoints = (Checkpoints if world.is_main else NullCheckpoints)(folder, keep=1)
+        checkpoints = Checkpoints(folder, keep=1)
+        on.checkpoints = checkpoints if world.is_main else NullCheckpoints(checkpoints)
         requests = on.ranks.requests = stack.enter_context(Requests(folder if world.is_main else None))
         requests.catch_signals()
-        heartbeat = Heartbeat(folder, folder, world, on.config.train.hang_timeout_s)
+        heartbeat = Heartbeat(folder, folder, world, on.config.train.hang_timeout_s, on.config.train.silent_timeout_s)
         on.heartbeat = stack.enter_context(heartbeat)
-        stack.enter_context(heartbeat.watching())
+        stack.enter_context(on.survivor.on_guard(heartbeat, requests))
         stack.callback(on.checkpoints.finish)
 
         def slice_of(trainer: Trainer) -> None:

@@ -63,6 +63,7 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
         status = EXIT_FAILED
         if is_lost_peer(error):
             log.error(f"a peer rank exited; shutting down ({first_line(error)})")
+            record_lost_peer()
         else:
             details = "".join(traceback.format_exception(error)).rstrip()
             log.error(details)
@@ -72,11 +73,17 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
     os._exit(status)
 
 
-def leave(message: str) -> NoReturn:
-    """Exit immediately with a one-line error, from any thread, whatever the other threads do."""
+def leave(message: str, *, is_cause: bool = True) -> NoReturn:
+    """Exit immediately with a one-line error, from any thread, whatever the other threads do.
+
+    `is_cause`: false if another rank failed first, so that torchrun's report does not name this one.
+    """
     try:
         log.error(message)
-        record_error(message, EXIT_FAILED)
+        if is_cause:
+            record_error(message, EXIT_FAILED)
+        else:
+            record_lost_peer()
         _flush()
     finally:  # even if the terminal is closed
         os._exit(EXIT_FAILED)
@@ -122,6 +129,13 @@ def span(fewest: int, most: int) -> str:
 def counted(number: int | str, noun: str, plural: str = "") -> str:
     """Format a count with its noun: `1 rank`, `3 ranks`, `2 to 3 ranks`."""
     return f"{number} {noun if str(number) == '1' else plural or noun + 's'}"
+
+
+def record_lost_peer() -> None:
+    """Note next to torchrun's error file that this rank exits because another one did."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        with contextlib.suppress(OSError):
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name("lost_peer").touch()
 
 
 def record_error(message: str, status: int, details: str = "") -> None:

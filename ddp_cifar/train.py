@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ddp_cifar.command import EXIT_SAVE_FAILED, Arguments, check_counts, record_error, run_command
 from ddp_cifar.config import TrainConfig, load_config, to_yaml
@@ -20,6 +20,7 @@ from ddp_cifar.log import log, log_to_file, show
 from ddp_cifar.run.run_dir import RunDir, Start
 
 if TYPE_CHECKING:
+    from ddp_cifar.run.heartbeat import Sign
     from ddp_cifar.tracking.base import Tracker
     from ddp_cifar.training.trainer import Trainer
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     from ddp_cifar.distributed.rendezvous import open_world
     from ddp_cifar.run.checkpoint_store import Checkpoints
     from ddp_cifar.run.environment import device_name
-    from ddp_cifar.run.heartbeat import Heartbeat
+    from ddp_cifar.run.heartbeat import Heartbeat, read_sign
     from ddp_cifar.run.resume import check_same_run, find_checkpoint
     from ddp_cifar.run.stopping import Requests
     from ddp_cifar.tracking.base import NullTracker
@@ -55,9 +56,13 @@ def main(argv: Sequence[str]) -> int:
         contextlib.closing(run_dir),
         Requests(run_dir.path if rank == 0 else None, find_deadline(config.train, began)) as requests,
         open_world(config.device, config.backend, timeout=timedelta(seconds=config.comm.timeout_s)) as world,
+        contextlib.ExitStack() as stack,
     ):
         world.on_main(run_dir.claim)
         log_to_file(run_dir.rank_log(world.rank), world.rank, world.world_size)
+        last_beat = read_sign(run_dir.heartbeats, rank=0)
+        timeouts = config.train.hang_timeout_s, config.train.silent_timeout_s
+        heartbeat = stack.enter_context(Heartbeat(run_dir.heartbeats, run_dir.logs, world, *timeouts))
         set_up_kernels(config.train, world)
 
         checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint.keep)
@@ -80,10 +85,13 @@ def main(argv: Sequence[str]) -> int:
             trainer.load_state_dict(resumed.state, source=str(resumed.path))
             log.info(f"resuming from {resumed.path}: {progress}")
         places = world.gather_objects((socket.gethostname(), device_name(world.device)))
-        start, tracker = start_records(run_dir, trainer, began, places) if world.is_main else (None, NullTracker())
-        heartbeat = Heartbeat(run_dir.heartbeats, run_dir.logs, world, config.train.hang_timeout_s)
+        rows = resumed.state.get("rows", []) if resumed else []
+        start: Start | None = None
+        tracker: Tracker = NullTracker()
+        if world.is_main:
+            start, tracker = start_records(run_dir, trainer, began, places, last_beat, rows)
         requests.catch_signals()
-        with heartbeat, contextlib.closing(tracker), run_dir.recording_failure():
+        with contextlib.closing(tracker), run_dir.recording_failure():
             steps = config.train.profile_steps
             completed = trainer.progress.step
             profiler = Profiler(run_dir.profile, steps, world, completed) if steps else NullProfiler()
@@ -149,24 +157,28 @@ def find_deadline(train: TrainConfig, began: float) -> tuple[float, str] | None:
 
 
 def start_records(
-    run_dir: RunDir, trainer: "Trainer", began: float, places: Sequence[tuple[str, str]]
+    run_dir: RunDir,
+    trainer: "Trainer",
+    began: float,
+    places: Sequence[tuple[str, str]],
+    last_beat: "Sign | None",
+    rows: Sequence[dict[str, Any]],
 ) -> "tuple[Start, Tracker]":
     """Record the start, write config and status, open the trackers, and add the start to TensorBoard.
 
-    `places` has the host and device of each rank. Raises `UserError` if run_dir cannot be written.
+    `places` has the host and device of each rank. `last_beat` is the last heartbeat of the previous start. `rows` are the
+    last rows before the checkpoint; those that were lost are logged again. Raises `UserError` if run_dir cannot be written.
     """
-    from ddp_cifar.run.heartbeat import read_sign
     from ddp_cifar.tracking import build_custom_tracker, build_tracker
     from ddp_cifar.tracking.jsonl import last_value
 
     config, progress = trainer.config, trainer.progress
-    sign = read_sign(run_dir.heartbeats, rank=0)
     try:
         run_dir.write_config(to_yaml(config))
         tracker = build_tracker(
-            run_dir.metrics, run_dir.tensorboard, progress.step, progress.epoch, build_custom_tracker(config)
+            run_dir.metrics, run_dir.tensorboard, progress.step, progress.epoch, build_custom_tracker(config), rows
         )
-        last_seen = (sign.time, sign.step) if sign else None
+        last_seen = (last_beat.time, last_beat.step) if last_beat else None
         productive_s = last_value(run_dir.metrics, "run/productive_s")
         start = run_dir.note_start(began, progress.step, len(places), last_seen, productive_s)
     except OSError as error:

@@ -98,9 +98,10 @@ def evaluate(trainer: Trainer) -> Totals:
 
 def take_step(trainer: Trainer, batch: StepBatch) -> None:
     """One step, as in `Trainer.train_epoch`."""
-    result = trainer.train_step(batch, trainer.progress.step, trainer.metrics)
-    trainer.progress.advance(trainer.plan.steps_per_epoch, updated=result.updated)
-    trainer.metrics.add_step(result.grad_norm, batch)
+    norm = trainer.train_step.gradients(batch, trainer.progress.step, trainer.metrics)
+    updated = trainer.train_step.update(norm, trainer.metrics)
+    trainer.progress.advance(trainer.plan.steps_per_epoch, updated=updated)
+    trainer.metrics.add_step(norm, batch)
 
 
 def without_dropout(model: nn.Module) -> None:

@@ -52,7 +52,7 @@ class Result:
     @staticmethod
     def of(run_dir: Path) -> "Result":
         state = load_checkpoint(run_dir / "checkpoints" / "latest.pt")
-        parts = {name: state[name] for name in ("model", "optimizer", "progress", "ema")}
+        parts = {name: state[name] for name in ("model", "optimizer", "progress", "ema", "scaler") if name in state}
         return Result(digest(parts), rows_of(run_dir))
 
 
@@ -80,7 +80,7 @@ def start(
     """Start launch/local.sh, or another script of its folder, with `ranks` ranks; the output goes to terminal.txt."""
     run_dir.mkdir(parents=True, exist_ok=True)
     # do not wait for a rank that is stopped or blocked
-    settings = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10", "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": str(ranks)}
+    settings = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10", "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": str(ranks or 1)}
     with open(run_dir / "terminal.txt", "ab") as terminal:
         return subprocess.Popen(
             [str(CHECKOUT / "launch" / script), *ARGUMENTS, *arguments, f"run_dir={run_dir}"],
@@ -109,6 +109,13 @@ def processes(run_dir: Path) -> dict[str, list[int]]:
     shells = [pid for pid, program in programs.items() if {"local.sh", "node.sh"} & set(program)]
     ranks = [pid for pid, program in programs.items() if program[0].startswith("python") and pid not in agents]
     return {"agents": agents, "shells": shells, "ranks": ranks}
+
+
+def parent_of(pid: int) -> int:
+    """The pid of the parent process, 0 if the process has exited."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
 
 
 def send(pids: list[int], signum: int) -> None:

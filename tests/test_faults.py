@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from launched import ARGUMENTS, CHECKOUT, LONG, Result, Run, environment_of, processes, rows_of, send, start, wait_until
-from soak import run_until_finished
+from soak import VARIANTS, run_until_finished
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_launch import rows as all_rows
 from test_mistakes import TINY
@@ -247,10 +247,11 @@ def test_a_rank_that_hangs_is_named_and_the_others_exit(run: Run) -> None:
 @pytest.mark.slow
 def test_random_kills_leave_state_and_rows_bitwise_identical(run: Run, tmp_path: Path) -> None:
     """5 kills (tests/soak.py does more). Afterwards, each TensorBoard curve has each step once."""
-    run_until_finished(tmp_path / "uninterrupted", 2, random.Random(0), kills=0)
+    run_until_finished(tmp_path / "uninterrupted", VARIANTS[0], random.Random(0), kills=0)
     uninterrupted = Result.of(tmp_path / "uninterrupted")
-    done = run_until_finished(run.path, 2, random.Random(1), kills=5)
+    done = run_until_finished(run.path, VARIANTS[0], random.Random(1), kills=5)
     assert len(done) == 5
+    assert all(lost <= 1 for _, lost in done), done
     result = Result.of(run.path)
     assert result.rows == uninterrupted.rows, done
     assert result.state == uninterrupted.state, done

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Rows, Tiny, config_of, make_trainer, random_dataset
+from helpers import Rows, Tiny, config_of, make_trainer, random_dataset, state_of
 from ranks import RankPool
 from torch import Tensor
 
@@ -21,8 +21,9 @@ from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import RunError, UserError
 from ddp_cifar.log import log
 from ddp_cifar.run.checkpoint_file import digest, load_checkpoint
-from ddp_cifar.run.checkpoint_store import Checkpoints
+from ddp_cifar.run.checkpoint_store import Checkpoints, NullCheckpoints
 from ddp_cifar.run.stopping import Requests
+from ddp_cifar.training.metrics import TrainMetrics
 from ddp_cifar.training.totals import sample_hashes
 from ddp_cifar.training.trainer import Trainer
 
@@ -245,11 +246,12 @@ def diverge(world: World, after_step: int) -> str:
     trainer = make_trainer(world, config_of(*SMALL, "train.fingerprint_every=4"), small_data())
     original = trainer.train_step.update
 
-    def update(norm: Tensor) -> None:
-        original(norm)
+    def update(norm: Tensor, metrics: TrainMetrics) -> bool:
+        original(norm, metrics)
         if world.rank == 2 and trainer.progress.step == after_step:
             with torch.no_grad():
                 trainer.model[10].bias[0] += 1e-6
+        return True
 
     trainer.train_step.update = update  # type: ignore[method-assign]
     with pytest.raises(RunError) as error:
@@ -385,3 +387,115 @@ def test_checkpoints_by_steps_minutes_and_the_file_save(alone: World, tmp_path: 
     requests._save = True
     trainer.fit(requests=requests)
     assert [int(path.stem[5:]) for path in reversed(checkpoints.paths())] == [2, 15]
+
+
+class Lost(Exception):
+    """The error of a collective whose peer is lost."""
+
+
+def lose_a_peer(trainer: Trainer) -> None:
+    """Save as another thread does it, while the main thread is here; then fail."""
+    thread = threading.Thread(target=trainer.survivor.save)
+    thread.start()
+    thread.join()
+    raise Lost
+
+
+@pytest.mark.parametrize("moment", ["forward", "before the update", "after the update", "evaluation"])
+def test_a_survivor_saves_the_last_completed_step(alone: World, tmp_path: Path, moment: str) -> None:
+    """Resumed from it, state and rows are bitwise identical to those of an uninterrupted run."""
+    arguments = ("train.ema_decay=0.9", "checkpoint.every_epochs=100", "checkpoint.every_minutes=null")
+    uninterrupted = make_trainer(alone, config_of(*SMALL, *arguments), small_data())
+    uninterrupted.fit(whole := Rows())
+    checkpoints = Checkpoints(tmp_path, keep=9)
+    trainer = faulty_trainer(alone, *arguments, checkpoints=checkpoints)
+    step, train_step = trainer.progress, trainer.train_step
+
+    def fault(logits: Tensor) -> Tensor:
+        if moment == "forward" and step.step == 7 and trainer.model.forwards % 4 == 2:  # in the third micro-batch
+            lose_a_peer(trainer)
+        return logits
+
+    def lose_at(owner: Any, name: str, at: Callable[[], bool]) -> None:
+        original = getattr(owner, name)
+
+        def then_lose(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if at():
+                lose_a_peer(trainer)
+            return result
+
+        setattr(owner, name, then_lose)
+
+    trainer.model.fault = fault
+    if moment == "before the update":
+        lose_at(train_step, "gradients", lambda: step.step == 7)
+    elif moment == "after the update":
+        lose_at(trainer.profiler, "step", lambda: step.step == 7)
+    elif moment == "evaluation":
+        lose_at(trainer, "sync_ranks", lambda: step.step == 10 and step.evaluating)
+    with pytest.raises(Lost):
+        trainer.fit(parts := Rows())
+    saved = checkpoints.load_latest()
+    assert saved is not None
+    assert saved.state["progress"]["step"] == (10 if moment == "evaluation" else 7)
+    assert saved.state["rows"][-1]["step"] == (10 if moment == "evaluation" else 6)
+    resumed = resume_from({key: value for key, value in saved.state.items() if key != "config"}, alone, *arguments)
+    resumed.fit(parts)
+    assert state_digest(resumed) == state_digest(uninterrupted)
+    assert digest(resumed.state_dict()["ema"]) == digest(uninterrupted.state_dict()["ema"])
+    assert parts.rows == whole.rows
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("half an update", "an update failed"),
+        ("not finite", "a number is not finite"),
+        ("wrong", None),
+    ],
+)
+def test_a_survivor_saves_nothing_that_is_wrong(
+    alone: World, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch, fault: str, reason: str | None
+) -> None:
+    """A `RunError` ends the run because the state is wrong. A gradient that is not finite is found only at the next row."""
+    monkeypatch.setattr(log, "propagate", True)
+    checkpoints = Checkpoints(tmp_path, keep=9)
+    trainer = faulty_trainer(alone, "checkpoint.every_epochs=100", "train.log_every=5", checkpoints=checkpoints)
+    step = trainer.progress
+    original = trainer.train_step._update
+
+    def update(norm: Tensor) -> None:
+        original(norm)
+        if step.step == 7 and fault != "not finite":
+            raise Lost if fault == "half an update" else RunError("the weights of rank 1 differ")
+
+    def forward(logits: Tensor) -> Tensor:
+        if step.step == 7 and fault == "not finite":
+            lose_a_peer(trainer)
+        return logits * float("nan") if step.step == 6 and fault == "not finite" else logits
+
+    monkeypatch.setattr(trainer.train_step, "_update", update)
+    trainer.model.fault = forward
+    with pytest.raises((Lost, RunError)):
+        trainer.fit()
+    assert checkpoints.paths() == []
+    assert reason is None or f"the last completed step was not saved: {reason}" in caplog.text
+
+
+def test_survivors_that_differ_save_nothing(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
+    """Equal ones save once, whichever comes first. States of two steps are both kept."""
+    monkeypatch.setattr(log, "propagate", True)
+    checkpoints = Checkpoints(tmp_path, keep=9)
+    other = NullCheckpoints(checkpoints)
+    state = state_of()
+    checkpoints.save_as_survivor(state, 3)
+    written = checkpoints.paths()[0].stat().st_mtime_ns
+    other.save_as_survivor(state | {"rows": []}, 3)
+    assert checkpoints.paths()[0].stat().st_mtime_ns == written
+    other.save_as_survivor(state, 4)
+    assert [path.name for path in checkpoints.paths()] == ["step_00000004.pt", "step_00000003.pt"]
+    other.save_as_survivor(state_of(2.0), 4)
+    checkpoints.save_as_survivor(state, 4)
+    assert [path.name for path in checkpoints.paths()] == ["step_00000003.pt"]
+    assert "step_00000004.pt was removed: the ranks that are left have different states" in caplog.text

@@ -376,6 +376,8 @@ class TrainConfig:
     agree_every: int = setting(5, at_least=1, role="non_result")
     """Number of steps (or evaluation batches) after which ranks exchange their requests to stop or save. A request
     takes effect after at most twice this number."""
+    silent_timeout_s: float = setting(30.0, at_least=2, at_most=1500, role="non_result")
+    """Seconds without a heartbeat of a rank, while the others wait for it, after which it counts as lost and the run fails."""
     hang_timeout_s: float = setting(300.0, at_least=2, at_most=1500, role="non_result")
     """Seconds without a completed step or evaluation batch on any rank after which the run fails. The error names the ranks
     that stopped responding."""
@@ -436,6 +438,9 @@ class CheckpointConfig:
     """Minutes since the last checkpoint after which an additional one is saved. null: none."""
     keep: int = setting(3, at_least=1, role="non_result")
     """Number of checkpoints to keep: the newest ones. `best` is kept in addition."""
+    on_failure: bool = setting(True, role="non_result")
+    """Save the last completed step if a rank or a node is lost, from any rank that is left. On several GPUs, each step then
+    waits for its sums."""
 
 
 @dataclass(frozen=True)

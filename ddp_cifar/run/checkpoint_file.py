@@ -2,13 +2,15 @@
 
 A checkpoint is a plain dict of tensors, numbers and strings, which `torch.load(path, weights_only=True)` accepts: `model`,
 `optimizer`, `progress`, `config`, `classes` (class names), `image_shape` (channels, height, width) and `normalization` (`mean`
-and `std`); `ema` (averaged weights) and `scaler` (for fp16) if the run has them; and `digest`, a sha256 of the rest.
+and `std`); `ema` (averaged weights) and `scaler` (for fp16) if the run has them; and `digest`, a sha256 of the rest. One that was
+saved when a rank was lost also has `rows`, the last rows of metrics.
 """
 
 import hashlib
 import io
 import os
 import re
+import socket
 import textwrap
 import zipfile
 from collections.abc import Callable, Mapping
@@ -102,7 +104,8 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
 
     Raises `OSError` if it cannot be written, and leaves no partial file.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    # the name is unique: several ranks may write the same checkpoint
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -1,5 +1,6 @@
 """The checkpoints of a run: save in the background, find the newest good one, remove old ones."""
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -8,7 +9,11 @@ from typing import NamedTuple
 
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
-from ddp_cifar.run.checkpoint_file import State, load_checkpoint, save_checkpoint, snapshot
+from ddp_cifar.run.checkpoint_file import State, digest, load_checkpoint, save_checkpoint, snapshot
+from ddp_cifar.run.run_dir import SURVIVORS, lock_file
+
+SURVIVOR_TIMEOUT_S = 20.0
+"""The longest wait for another rank to save the last completed step. torchrun kills a rank 30 s after another one has failed."""
 
 
 def load_newest(folder: Path, key: str) -> "Loaded":
@@ -86,6 +91,30 @@ class Checkpoints:
         self._writer = threading.Thread(target=write, name="checkpoint")
         self._writer.start()
 
+    def save_as_survivor(self, state: State, step: int) -> None:
+        """Save `state`, which is the same on every rank that is left, unless another rank has saved it. Waits for the disk.
+
+        If it is not the same on another rank, none is saved: nobody knows which one is right. Raises `OSError`.
+        """
+        if not self.folder.is_dir():  # a trainer without a run_dir
+            return
+        copied, wait = snapshot(state)
+        wait()
+        own, path = digest(_common(copied)), self._path(step)
+        with open(self.folder / SURVIVORS, "a+") as file:
+            with contextlib.suppress(OSError):  # without lock support, several ranks write the same state
+                if not lock_file(file, SURVIVOR_TIMEOUT_S):
+                    return log.warning(f"{path} was not saved here: another rank still writes it")
+            file.seek(0)
+            others = {line.split()[1] for line in file if line.split()[0] == str(step)}
+            if not others:
+                save_checkpoint(path, copied)
+                log.info(f"saved the last completed step to {path}")
+            elif others != {own}:
+                path.unlink(missing_ok=True)
+                log.warning(f"{path} was removed: the ranks that are left have different states")
+            file.write(f"{step} {own}\n")
+
     def finish(self, timeout_s: float | None = None) -> bool:
         """Wait until the last save is on the disk; False if it takes longer than `timeout_s`."""
         if self._writer:
@@ -137,7 +166,11 @@ class Checkpoints:
 
 
 class NullCheckpoints(Checkpoints):
-    """Saves nothing. Used on every rank except 0, so that the training loop is the same on all ranks."""
+    """Saves only as a survivor. Used on every rank except 0, so that the training loop is the same on all ranks."""
+
+    def __init__(self, checkpoints: Checkpoints | None) -> None:
+        """`checkpoints`: those of rank 0, if the trainer has any."""
+        super().__init__(checkpoints.folder if checkpoints else Path(os.devnull), keep=1)
 
     def save(
         self, state: State, step: int, best_step: int | None = None, first: Callable[[], None] = lambda: None
@@ -146,6 +179,12 @@ class NullCheckpoints(Checkpoints):
 
     def finish(self, timeout_s: float | None = None) -> bool:
         return True
+
+
+def _common(state: State) -> State:
+    """Return the part of a state that is equal on all ranks."""
+    progress = {key: value for key, value in state["progress"].items() if key != "conditions"}
+    return {"progress": progress} | {key: state[key] for key in ("model", "optimizer", "ema", "scaler") if key in state}
 
 
 def _link(link: Path, target: Path) -> None:

@@ -7,16 +7,17 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ddp_cifar.command import leave
 from ddp_cifar.distributed.world import World
+from ddp_cifar.run.processes import kill_sibling
 from ddp_cifar.text_files import parse_json, read_text
 
-INTERVALS = 50
-"""The least number of heartbeats within `train.hang_timeout_s`."""
+INTERVALS = 12
+"""The least number of heartbeats within `train.silent_timeout_s` and `train.hang_timeout_s`."""
 
 LONGEST_INTERVAL_S = 5.0
 
@@ -39,24 +40,29 @@ class Sign:
 
 
 class Heartbeat:
-    """Writes this rank's file from a thread, and detects a hang while `watching`.
+    """Writes this rank's file from a thread, and detects lost ranks until the end of training, and hangs in training.
 
-    If one rank hangs, all others wait for it in a collective. So each rank that makes no progress for half of `timeout_s`
-    reads all files, and reads them again near the end of `timeout_s`. A rank whose `ticks` have not changed is unresponsive.
-    If the `beats` of any rank have grown, the run is alive.
+    If one rank hangs, all others wait for it in a collective. So a rank that makes no progress reads all files twice. A rank
+    whose `ticks` have not changed from the beginning to the end of `silent_timeout_s` is lost. Otherwise, if the `beats` of
+    no rank grow for `timeout_s`, the run hangs.
     """
 
-    def __init__(self, folder: Path, logs: Path, world: World, timeout_s: float) -> None:
+    def __init__(self, folder: Path, logs: Path, world: World, timeout_s: float, silent_timeout_s: float) -> None:
         self.folder = folder
         self.stacks = logs / f"rank_{world.rank}.stacks"
         self.world = world
         self.timeout_s = timeout_s
+        self.silent_timeout_s = min(silent_timeout_s, 0.8 * timeout_s)
         # the next start reads rank 0's file to find the last step of this one
-        self.interval_s = min(1.0 if world.is_main else LONGEST_INTERVAL_S, timeout_s / INTERVALS)
+        self.interval_s = min(1.0 if world.is_main else LONGEST_INTERVAL_S, self.silent_timeout_s / INTERVALS)
         self.beats = 0
         self.step = 0
         self.ticks = 0
-        self._watching = False
+        self._hangs = False
+        """True while a rank that makes no progress means that the run hangs."""
+        self._ended = False
+        """True after training, when ranks exit at different times."""
+        self._before_leaving: Callable[[], None] = lambda: None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -76,56 +82,79 @@ class Heartbeat:
         self.step = step
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Exit the process if no rank makes progress for `timeout_s` within the body."""
+    def watching(self, before_leaving: Callable[[], None]) -> Iterator[None]:
+        """Train in the body. Exit the process if no rank makes progress for `timeout_s`.
+
+        Before it exits for this reason, or because a rank is lost, it calls `before_leaving`.
+        """
         self.beats += 1
-        self._watching = True
+        self._hangs, self._before_leaving = True, before_leaving
         try:
             yield
         finally:
-            self._watching = False
+            self._hangs, self._ended = False, True
 
     # -- the thread
 
     def _run(self) -> None:
-        last_beats, since, before, dumped = -1, 0.0, None, False
+        last_beats, since, last = -1, 0.0, time.monotonic()
+        first: dict[int, Sign] = {}
+        before: dict[int, Sign] = {}
+        dumped = False
         while not self._closed.wait(min(1.0, self.interval_s)):
             now = time.monotonic()
+            was_stopped, last = now - last > 0.3 * self.silent_timeout_s, now
             if now - self._written >= self.interval_s:
                 self._write()
-            if not self._watching or self.beats != last_beats:
-                last_beats, since, before, dumped = self.beats, now, None, False
+            if self._ended or self.beats != last_beats or was_stopped:
+                last_beats, since, first, before, dumped = self.beats, now, {}, {}, False
                 continue
-            quiet = (now - since) / self.timeout_s
-            if quiet > 0.45 and before is None:
+            silent, quiet = (now - since) / self.silent_timeout_s, (now - since) / self.timeout_s
+            if silent > 0.2 and not first:
+                first = self._read()
+            elif silent > 0.95:
+                self._check_lost(first, self._read())
+            if not self._hangs:
+                before = {}
+            elif quiet > 0.45 and not before:
                 before = self._read()
-            elif quiet > 0.75 and before is not None and not dumped:
+            elif quiet > 0.75 and not dumped:
                 after = self._read()
                 if any(after[rank].beats != sign.beats for rank, sign in before.items() if rank in after):
-                    since, before = now, None  # a rank makes progress: a long step, or rank 0 waits for its disk
+                    # a rank makes progress: a long step, or rank 0 waits for its disk
+                    since, first, before = now, {}, {}
                     continue
                 dumped = True
                 self._dump_stacks()  # before any rank exits: the first exit shuts down the others
-            elif quiet > 0.9 and before is not None:
+            elif quiet > 0.9:
+                self._before_leaving()
                 leave(self._describe(before, self._read()))
 
+    def _check_lost(self, before: dict[int, Sign], after: dict[int, Sign]) -> None:
+        """Exit if a rank has written no heartbeat between the two times. Its process is killed if it is on this machine."""
+        silent = [rank for rank in range(self.world.world_size) if _ticks(after, rank) == _ticks(before, rank)]
+        if not silent or self.world.rank in silent:  # this rank's own file does not change: the disk does not work
+            return
+        self._before_leaving()
+        for rank in silent:
+            if rank in after and after[rank].host == socket.gethostname():
+                kill_sibling(after[rank].pid)  # torchrun would wait 30 s for a process that is stopped
+        names = ", ".join(_name(rank, after.get(rank)) for rank in silent)
+        leave(
+            f"no heartbeat from {names} for {self.silent_timeout_s:g} s (train.silent_timeout_s): the process is stopped, or its "
+            f"machine is lost"
+        )
+
     def _describe(self, before: dict[int, Sign], after: dict[int, Sign]) -> str:
-        silent = [
-            rank
-            for rank in range(self.world.world_size)
-            if rank not in after or (rank in before and after[rank].ticks == before[rank].ticks)
-        ]
-        if silent:
-            names = ", ".join(_name(rank, after.get(rank)) for rank in silent)
-            reason = f"no heartbeat from {names}: the process is stopped, or its machine is lost"
+        fewest = min((sign.beats for sign in after.values()), default=0)
+        behind = [sign for sign in after.values() if sign.beats == fewest]
+        if _ticks(after, self.world.rank) == _ticks(before, self.world.rank):
+            reason = f"the files in {self.folder} do not change, check that disk"
+        elif len(behind) == len(after):
+            reason = f"all ranks are alive and waiting after step {self.step}"
         else:
-            fewest = min(sign.beats for sign in after.values())
-            behind = [sign for sign in after.values() if sign.beats == fewest]
-            if len(behind) == len(after):
-                reason = f"all ranks are alive and waiting after step {self.step}"
-            else:
-                names = ", ".join(_name(sign.rank, sign) for sign in behind)
-                reason = f"all ranks are alive, but {names} {'is' if len(behind) == 1 else 'are'} behind the others"
+            names = ", ".join(_name(sign.rank, sign) for sign in behind)
+            reason = f"all ranks are alive, but {names} {'is' if len(behind) == 1 else 'are'} behind the others"
         return (
             f"no rank has made progress for {0.9 * self.timeout_s:.0f} s (train.hang_timeout_s={self.timeout_s:g}): {reason}; "
             f"see the Python stacks of each live rank in {self.stacks.parent}/rank_*.stacks"
@@ -162,7 +191,7 @@ class NullHeartbeat:
         pass
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self, before_leaving: Callable[[], None]) -> Iterator[None]:
         yield
 
 
@@ -173,6 +202,11 @@ def read_sign(folder: Path, rank: int) -> Sign | None:
         return sign if isinstance(sign.time, float | int) and isinstance(sign.step, int) else None
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _ticks(signs: Mapping[int, Sign], rank: int) -> int:
+    """Return a rank's number of heartbeats, 0 if it has none."""
+    return signs[rank].ticks if rank in signs else 0
 
 
 def _name(rank: int, sign: Sign | None) -> str:

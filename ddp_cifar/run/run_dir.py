@@ -9,6 +9,7 @@ logs/rank_N.log               each rank's log; rank_N.stacks: the stacks of all 
 heartbeats/rank_N             each rank's last heartbeat
 starts.jsonl                  a row for each start of the run
 lock                          host and pid of the process that holds it
+checkpoints/survivors         a row for each rank that saved its last completed step when another one was lost
 STOP, SAVE                    created by the user to request: save and stop; save and continue
 """
 
@@ -32,6 +33,8 @@ from ddp_cifar.text_files import parse_json, read_lines, read_text
 
 CLAIM_TIMEOUT_S = 5.0
 """The longest wait for the processes of an earlier start to exit."""
+
+SURVIVORS = "survivors"
 
 LOST_NODE_TIMEOUT_S = 120.0
 """The longest wait for a file server to release the lock of a lost node (the lease of NFS 4 is 90 s)."""
@@ -109,7 +112,10 @@ class RunDir:
         lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         self._lock = lock
-        for path in self.checkpoints.glob("*.tmp"):  # left by a kill during a write
+        for path in (
+            *self.checkpoints.glob("*.tmp"),
+            self.checkpoints / SURVIVORS,
+        ):  # left by a kill, or by an earlier start
             path.unlink(missing_ok=True)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from ddp_cifar import LAUNCHER
 from ddp_cifar.command import leave
 from ddp_cifar.log import log
+from ddp_cifar.run.processes import is_dead
 
 REASONS = ("", "SIGTERM", "SIGINT", "SIGUSR1", "the file STOP", "train.deadline", "train.max_hours", "SIGHUP")
 """The reasons to stop. The first one means no reason."""
@@ -26,7 +28,13 @@ EARLIER_SIGNALS = "DDP_CIFAR_SIGNALS"
 """The environment variable with a path. The file lists the signals that launch/node.sh has received, one per line (`TERM`)."""
 
 LOOK_EVERY_S = 1.0
-"""Seconds between two checks of the time limit and of the files STOP and SAVE."""
+"""Seconds between two checks of the time limit, of the files STOP and SAVE, and of the other ranks of this torchrun."""
+
+LOOK_AFTER_SIGTERM_S = 0.1
+"""The same after a SIGTERM, which torchrun sends to the other ranks when one has failed."""
+
+END_OF_RUN_S = 0.5
+"""Seconds for which another rank may exit earlier than this one at the end of a run."""
 
 
 class Requests:
@@ -44,6 +52,8 @@ class Requests:
         self.deadline = deadline
         self.reason = ""
         self._save = False
+        self._siblings: Sequence[int] = ()
+        self._before_leaving: Callable[[], None] = lambda: None
         self._handlers: dict[int, Any] = {}
         self._closed = False
 
@@ -76,6 +86,19 @@ class Requests:
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
             self._catch(signal.SIGHUP)
 
+    @contextlib.contextmanager
+    def watching(self, siblings: Sequence[int], before_leaving: Callable[[], None]) -> Iterator[None]:
+        """In the body, exit if one of `siblings` exits: pids of the other ranks that the same torchrun has started.
+
+        A rank that waits for them in a collective may get no error. Before the process exits because of them, or because of
+        torchrun's exit, it calls `before_leaving`.
+        """
+        self._siblings, self._before_leaving = siblings, before_leaving
+        try:
+            yield
+        finally:
+            self._siblings, self._before_leaving = (), lambda: None
+
     def take_save(self) -> bool:
         """True if a checkpoint was requested since the last call."""
         if not self._save:
@@ -98,10 +121,17 @@ class Requests:
 
     def _watch(self) -> None:
         while not self._closed:
-            ready, _, _ = select.select([self._reader], [], [], LOOK_EVERY_S)
+            look_s = LOOK_AFTER_SIGTERM_S if self._siblings and self.reason == "SIGTERM" else LOOK_EVERY_S
+            ready, _, _ = select.select([self._reader], [], [], look_s)
             for signum in self._reader.recv(64) if ready else b"":
                 self._on_signal(signum)
+            if any(map(is_dead, self._siblings)):
+                self._before_leaving()
+                time.sleep(END_OF_RUN_S)
+                if self._siblings:
+                    leave("a peer rank exited; shutting down", is_cause=False)
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER:
+                self._before_leaving()
                 leave(
                     "the torchrun process that started this rank exited; shutting down; run the same command to resume"
                 )

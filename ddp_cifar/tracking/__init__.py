@@ -1,6 +1,6 @@
 """Trackers: rank 0 writes the scalars of a run to TensorBoard, metrics.jsonl and a user-defined tracker."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,8 +8,9 @@ from ddp_cifar.config import Config, to_dict
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
 from ddp_cifar.registry import call, resolve
+from ddp_cifar.run.run_dir import is_row
 from ddp_cifar.tracking.base import NullTracker, Scalars, Tracker
-from ddp_cifar.tracking.jsonl import JsonLinesTracker, drop_later_rows
+from ddp_cifar.tracking.jsonl import JsonLinesTracker, drop_later_rows, is_before
 from ddp_cifar.tracking.tensorboard import TensorBoardTracker
 
 if TYPE_CHECKING:
@@ -92,19 +93,38 @@ def build_custom_tracker(config: Config) -> Tracker:
 
 
 def build_tracker(
-    metrics: Path, tensorboard: Path, step: int, epoch: int = 0, custom: Tracker | None = None
+    metrics: Path,
+    tensorboard: Path,
+    step: int,
+    epoch: int = 0,
+    custom: Tracker | None = None,
+    last_rows: Sequence[dict[str, Any]] = (),
 ) -> Tracker:
     """Return trackers for the file `metrics` and the folder `tensorboard` of a run that resumes after `step` steps.
 
     `custom` is an additional tracker. Rows logged after `step`, or after `epoch` completed epochs, are dropped, as the run will
-    log them again.
+    log them again. `last_rows` are the last rows before `step`, as another rank kept them: those that are missing are added.
     """
     kept, drops_at_step = drop_later_rows(metrics, step, epoch)
+    written = JsonLinesTracker(metrics)
+    known = set(map(_identity, kept))
+    missing = [row for row in last_rows if is_row(row) and is_before(row, step, epoch) and _identity(row) not in known]
+    for row in missing:
+        written.log(_scalars(row), row["step"])
     # Events at `step` itself, such as the pictures of an evaluation, are kept. There are two exceptions: some of them must be
     # dropped (the row of an epoch), as a purge cannot tell them apart; or `step` is 0, at which every start writes.
-    drops_at_step |= step == 0
-    events = TensorBoardTracker(tensorboard, purge_step=step if drops_at_step else step + 1)
-    for row in kept:
-        if drops_at_step and row["step"] == step:
-            events.log({tag: value for tag, value in row.items() if tag != "step" and value is not None}, step)
-    return _All(JsonLinesTracker(metrics), events, custom or NullTracker())
+    purged = min([step if drops_at_step or step == 0 else step + 1, *(row["step"] for row in missing)])
+    events = TensorBoardTracker(tensorboard, purge_step=purged)
+    for row in (*kept, *missing):
+        if row["step"] >= purged:
+            events.log(_scalars(row), row["step"])
+    return _All(events, written, custom or NullTracker())
+
+
+def _scalars(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {tag: value for tag, value in row.items() if tag != "step" and value is not None}
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
+    """Return what tells a row from others, on any rank: `run/*` are only on rank 0."""
+    return row["step"], frozenset(tag for tag in row if not tag.startswith("run/"))

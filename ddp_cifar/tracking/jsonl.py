@@ -4,7 +4,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def drop_later_rows(path: Path, step: int, epoch: int) -> tuple[list[dict[str, A
             row = None
         if not is_row(row):
             drops_at_step = True
-        elif line.endswith("\n") and row["step"] <= step and row.get("train/epoch", 0) <= epoch:
+        elif line.endswith("\n") and is_before(row, step, epoch):
             lines.append(line)
             kept.append(row)
         else:
@@ -84,6 +84,11 @@ def drop_later_rows(path: Path, step: int, epoch: int) -> tuple[list[dict[str, A
         os.fsync(file.fileno())
     temporary.replace(path)
     return kept, drops_at_step
+
+
+def is_before(row: Mapping[str, Any], step: int, epoch: int) -> bool:
+    """True if the row was logged up to `step` and `epoch` completed epochs."""
+    return bool(row["step"] <= step and row.get("train/epoch", 0) <= epoch)
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -34,6 +34,7 @@ class TensorBoardTracker:
             for tag, value in scalars.items():
                 if not isinstance(value, str):
                     self.writer.add_scalar(tag, value, step)
+            self.writer.flush()  # so that a row of metrics.jsonl, which is written next, is here too after a kill
 
     def show(self, add: "Callable[[SummaryWriter], None]") -> None:
         try:

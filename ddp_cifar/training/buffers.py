@@ -40,14 +40,17 @@ class BufferMean:
         for buffer in model.buffers():
             by_dtype[buffer.dtype].append(buffer)
         self.flats = [_flatten(buffers) for buffers in by_dtype.values()]
+        self.starts = self._clones()
+        """The values of `flats` after the last complete step, from which every micro-batch of the next one starts."""
+        self.names = dict(model.named_buffers(remove_duplicate=False))
         self.floats = [flat for flat in self.flats if flat.is_floating_point()]
         # with one micro-batch, the buffers after its forward pass are the mean already
         self.needed = num_micro_batches > 1 and bool(self.flats)
 
     def begin_step(self, num_micro_batches: int) -> None:
         """Save the buffers that every micro-batch of the step starts from."""
+        self.starts = self._clones()
         if self.needed:
-            self.starts = [flat.clone() for flat in self.flats]
             self.float_starts = [start for start in self.starts if start.is_floating_point()]
             self.changes = TreeSum(num_micro_batches)
 
@@ -64,6 +67,26 @@ class BufferMean:
             self._copy_assigned()
             pairs = zip(self.floats, self.float_starts, strict=True)
             self.changes.add(range(index, index + 1), [(flat - start) * weight for flat, start in pairs])
+
+    def end_step(self) -> None:
+        """The step is complete: the current values are those of the last step from now on."""
+        self.starts = self._clones()
+
+    def undo_step(self) -> None:
+        """Restore the buffers to the end of the last complete step."""
+        for flat, start in zip(self.flats, self.starts, strict=True):
+            flat.copy_(start)
+
+    def at_last_step(self) -> dict[str, Tensor]:
+        """Return each buffer by name as it was after the last complete step. Can be called from any thread."""
+        starts = {flat.dtype: start for flat, start in zip(self.flats, self.starts, strict=True)}
+        return {
+            name: starts[view.dtype].as_strided(view.size(), view.stride(), view.storage_offset())
+            for name, view in self.names.items()
+        }
+
+    def _clones(self) -> list[Tensor]:
+        return [flat.clone() for flat in self.flats]
 
     def _copy_assigned(self) -> None:
         """Copy the tensors that a forward pass has assigned to buffers into the views."""

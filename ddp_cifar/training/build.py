@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +183,7 @@ def build_trainer(
         train_step=step,
         train_loader=train_loader,
         evaluator=evaluator,
-        checkpoints=checkpoints if checkpoints and world.is_main else NullCheckpoints(Path("nowhere"), keep=1),
+        checkpoints=checkpoints if checkpoints and world.is_main else NullCheckpoints(checkpoints),
         dataset=dataset,
         show_progress=world.is_main and sys.stderr.isatty(),
     )

@@ -142,12 +142,19 @@ class TrainMetrics:
         """
         if self.norms:
             norms = torch.stack(self.norms).tolist()
-            self.norms.clear()
             self.last_norm = norms[-1]
             self._check_gradients(norms)
-        new = self.counter.reduce(self.world)
+            self.norms.clear()
+        new, own = self.counter.read()
+        self._check_losses(new, own)
+        self.counter.clear()
         self.progress.window += new
-        self._check_losses(new)
+
+    def are_finite(self) -> bool:
+        """True if `flush` would find no loss or gradient that is not finite. Waits for the device."""
+        norms = [norm.item() for norm in self.norms] if self.finite_gradients else []
+        nonfinite = self.counter.read()[0].nonfinite if self.finite_losses else 0
+        return nonfinite == 0 and all(map(math.isfinite, norms))
 
     def window_row(self) -> tuple[dict[str, float], Work]:
         """Return the scalars of the steps since the last row (or the start of the epoch), and this rank's local work in them.
@@ -210,10 +217,10 @@ class TrainMetrics:
                 f"steps {first} to {self.progress.step} are not finite"
             )
 
-    def _check_losses(self, new: Totals) -> None:
+    def _check_losses(self, new: Totals, own: Totals) -> None:
         """Raise `Failed` if the loss of one of the last images is not finite."""
         if new.nonfinite and self.finite_losses:
-            where = self.world.gather([self.counter.own.nonfinite])
+            where = self.world.gather([own.nonfinite])
             ranks = ", ".join(f"{count} on rank {rank}" for rank, (count,) in enumerate(where) if count)
             raise Failed(
                 f"the loss of {new.nonfinite} images is not finite, found at step {self.progress.step} ({ranks})"

@@ -3,7 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
+
+from tqdm import tqdm
 
 from ddp_cifar.config import Config
 from ddp_cifar.data.dataset import is_same_data
@@ -47,6 +49,17 @@ class Progress:
         self.step_in_epoch += 1
         self.updates += updated
         self.evaluating = self.step_in_epoch == end_of_epoch
+
+    def bar(self, steps_per_epoch: int, *, show: bool) -> "tqdm[NoReturn]":
+        """Return the progress bar of the current epoch's steps."""
+        return tqdm(
+            total=steps_per_epoch,
+            initial=self.step_in_epoch,
+            desc=f"epoch {self.epoch + 1}",
+            unit="step",
+            leave=False,
+            disable=not show,
+        )
 
     @property
     def totals(self) -> Totals:

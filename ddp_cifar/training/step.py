@@ -7,8 +7,7 @@ also in a short last batch.
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +32,6 @@ from ddp_cifar.training.optim import averages_weights, effective_lr, load_optimi
 from ddp_cifar.training.precision import autocast
 from ddp_cifar.training.schedule import Schedule
 from ddp_cifar.training.tree_sum import TreeReduction
-
-
-class StepResult(NamedTuple):
-    """The result of a step."""
-
-    grad_norm: Tensor
-    """() float32, on the device: the gradient's norm before clipping."""
-    updated: bool
-    """False if the update was skipped by `train.on_nonfinite=skip`. An update that the fp16 scaler skips counts as True."""
 
 
 class TrainStep:
@@ -87,8 +77,10 @@ class TrainStep:
         self.schedule = Schedule(
             optimizer, config.optim, steps_per_epoch=plan.steps_per_epoch, epochs=config.train.epochs
         )
-        self.lr = 0.0
-        """The learning rate of the last update."""
+        # a GPU runs later than its host: without the wait, an update would be queued behind a collective that fails
+        self.waits_for_sums = config.checkpoint.on_failure and world.device.type == "cuda" and world.world_size > 1
+        self.step, self.lr = 0, 0.0
+        """The number of completed steps before the current one, and its learning rate."""
         # scales the loss so that small fp16 gradients do not vanish, and skips updates that overflow
         self.scaler = GradScaler(world.device.type, enabled=precision == "fp16")
         self.ema: AveragedModel | None = None
@@ -102,15 +94,19 @@ class TrainStep:
                 )
         self.eval_model: nn.Module = self.ema.module if self.ema else model
         """The model to evaluate: with the averaged weights, if the run has them."""
+        self.trained: list[Tensor] = []
+        """The weights of training, while `evaluating` has replaced them."""
         start_training(optimizer)
 
-    def __call__(self, batch: StepBatch, step: int, metrics: TrainMetrics) -> StepResult:
-        """Make the update after `step` completed ones from this rank's micro-batches; `metrics` counts losses and times."""
-        self.lr = self.schedule.before_step(step)
+    def gradients(self, batch: StepBatch, step: int, metrics: TrainMetrics) -> Tensor:
+        """Compute the gradients of the step after `step` completed ones from this rank's micro-batches, and sum them over ranks.
+
+        Returns () float32, on the device: the gradient's norm before clipping. `metrics` counts losses and times. All of the
+        step's exchanges between ranks are here: if one of them fails, weights and optimizer state are those of the last step.
+        """
+        self.step, self.lr = step, self.schedule.before_step(step)
         self.begin(self.plan.shares(batch.num_images))
         self.zero_grad()
-        skips = self.config.train.on_nonfinite == "skip" and not self.scaler.is_enabled()
-        kept = [buffer.clone() for buffer in self.model.buffers()] if skips else []
         last = len(batch) - 1
         for position, micro_batch in enumerate(metrics.timer.timed("data", batch)):
             # ranks exchange gradients once per step, in the last micro-batch's backward
@@ -120,17 +116,11 @@ class TrainStep:
             self.join_exchange(metrics)
         if self.tree:
             self.tree.end_step()
+        if self.waits_for_sums:
+            torch.cuda.current_stream().synchronize()
         with metrics.timer.phase("optimizer"):
             self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            if skips and not torch.isfinite(norm):
-                log.warning(
-                    f"step {step + 1}: the gradient norm is {norm:g}; skipping the update (train.on_nonfinite=skip)"
-                )
-                restore(self.model.buffers(), kept)
-                return StepResult(norm, updated=False)
-            self.update(norm)
-        return StepResult(norm, updated=True)
+            return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
     def begin(self, shares: Sequence[range]) -> None:
         """Prepare a step. `shares` has the micro-batches of each rank. Call it before the first pass."""
@@ -151,12 +141,12 @@ class TrainStep:
             self.buffers.end_micro_batch(micro_batch.index, weight=len(losses) / step_images)
             metrics.counter.add(losses.detach(), logits.detach(), micro_batch.labels, micro_batch.sample_ids)
         with metrics.timer.phase("backward"):  # includes the wait for other ranks
-            set_buffers = self.buffers.start_reducing() if is_last else None
+            finish_sums = self.start_reducing(metrics) if is_last else None
             # DDP divides the sum over ranks by their number, but step_images is a total over ranks; the tree does not divide
             loss = losses.sum() * ((1 if self.tree else self.world.world_size) / step_images)
             self.scaler.scale(loss).backward()
-            if set_buffers:
-                set_buffers()
+            if finish_sums:
+                finish_sums()
             if self.tree:
                 self.tree.end_micro_batch(micro_batch.index)
 
@@ -169,12 +159,39 @@ class TrainStep:
             self.buffers.begin_micro_batch()
             logits = self.logits(self.trial_images(1))
         with metrics.timer.phase("backward"):
-            set_buffers = self.buffers.start_reducing()
+            finish_sums = self.start_reducing(metrics)
             self.scaler.scale(0 * logits.float().sum()).backward()
-            set_buffers()
+            finish_sums()
 
-    def update(self, norm: Tensor) -> None:
-        """Update the weights with the step's gradients, whose norm is `norm`."""
+    def start_reducing(self, metrics: TrainMetrics) -> Callable[[], None]:
+        """Start summing buffers and counts over ranks, beside the gradients; return a function that waits for the sums."""
+        set_buffers, add_counts = self.buffers.start_reducing(), metrics.counter.start_reducing(self.world)
+
+        def finish() -> None:
+            set_buffers()
+            add_counts()
+
+        return finish
+
+    def update(self, norm: Tensor, metrics: TrainMetrics) -> bool:
+        """Update the weights with the gradients of the step, whose norm is `norm`.
+
+        Returns False if `train.on_nonfinite=skip` skips the update. An update that the fp16 scaler skips counts as True.
+        """
+        skips = self.config.train.on_nonfinite == "skip" and not self.scaler.is_enabled()
+        updates = not (skips and not torch.isfinite(norm))
+        with metrics.timer.phase("optimizer"):
+            if updates:
+                self._update(norm)
+            else:
+                log.warning(
+                    f"step {self.step + 1}: the gradient norm is {norm:g}; skipping the update (train.on_nonfinite=skip)"
+                )
+                self.buffers.undo_step()
+            self.buffers.end_step()
+        return updates
+
+    def _update(self, norm: Tensor) -> None:
         if self.config.train.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.train.clip_norm, norm)
         self.scaler.step(self.optimizer)
@@ -226,13 +243,19 @@ class TrainStep:
         if not averages_weights(self.optimizer):
             yield
             return
-        kept = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self.trained = [parameter.detach().clone() for parameter in self.model.parameters()]
         self.optimizer.eval()  # type: ignore[attr-defined]
         try:
             yield
         finally:
+            self.stop_evaluating()
+
+    def stop_evaluating(self) -> None:
+        """Put the weights of training back, if `evaluating` has replaced them."""
+        if self.trained:
             start_training(self.optimizer)
-            restore(self.model.parameters(), kept)
+            restore(self.model.parameters(), self.trained)
+            self.trained = []
 
     def state_dict(self) -> State:
         """Return `model` and `optimizer`; also `ema` (averaged weights, which are evaluated) and `scaler` if the run has them."""

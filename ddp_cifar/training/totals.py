@@ -1,6 +1,7 @@
 """Sums over images: exact integers, reduced over ranks."""
 
 import math
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 
 import torch
@@ -59,14 +60,17 @@ def sample_hashes(num_ids: int) -> Tensor:
 
 
 class ImageCounter:
-    """Counts losses, correct predictions and images on the device. Only `reduce` waits for the device."""
+    """Counts losses, correct predictions and images on the device. Only `read` and `reduce` wait for the device."""
 
     def __init__(self, device: torch.device, ledger: Tensor | None = None) -> None:
         """`ledger`: the hash of each sample id; if given, the counter also sums the hashes of the counted images."""
         self.sums = torch.zeros(len(fields(Totals)), dtype=torch.int64, device=device)
+        """Sums over the images that this rank has counted since the last reduction."""
+        self.own = torch.zeros_like(self.sums)
+        """Sums over the images of this rank since the last `clear`."""
+        self.total = torch.zeros_like(self.sums)
+        """Sums over the images of all ranks since the last `clear`."""
         self.ledger = ledger
-        self.own = Totals()
-        """This rank's part of the sums of the last `reduce`."""
 
     def add(self, losses: Tensor, logits: Tensor, labels: Tensor, sample_ids: Tensor | None = None) -> None:
         """Count a batch: (B,) losses, (B, classes) logits, (B,) labels, (B,) sample ids for the ledger."""
@@ -79,9 +83,33 @@ class ImageCounter:
             # in the order of the fields of Totals
             self.sums += torch.stack([units.sum(), correct.sum(), count, count - finite.sum(), hashes.sum()])
 
+    def start_reducing(self, world: World) -> Callable[[], None]:
+        """Start summing over ranks what was counted since the last call; return a function that adds the sums to `total`.
+
+        Every rank must call both.
+        """
+        sums, self.sums = self.sums, torch.zeros_like(self.sums)
+        own = sums.clone()
+        wait = world.sum_async(sums)
+
+        def finish() -> None:
+            wait()
+            self.own += own
+            self.total += sums
+
+        return finish
+
+    def read(self) -> tuple[Totals, Totals]:
+        """Return the sums over all ranks and over this rank since the last `clear`. Waits for the device."""
+        return Totals(*self.total.tolist()), Totals(*self.own.tolist())
+
+    def clear(self) -> None:
+        """Start new sums."""
+        self.own, self.total = torch.zeros_like(self.own), torch.zeros_like(self.total)
+
     def reduce(self, world: World) -> Totals:
         """Return the sums over all ranks since the last call. Waits for the device; every rank must call it."""
-        self.own = Totals(*self.sums.tolist())
-        totals = Totals(*world.sum(self.sums).tolist())
-        self.sums = torch.zeros_like(self.sums)
+        self.start_reducing(world)()
+        totals, _ = self.read()
+        self.clear()
         return totals

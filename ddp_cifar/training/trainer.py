@@ -2,9 +2,6 @@
 
 import math
 import time
-from typing import NoReturn
-
-from tqdm import tqdm
 
 from ddp_cifar.config import Config, to_dict
 from ddp_cifar.data.dataset import DataSet
@@ -28,6 +25,7 @@ from ddp_cifar.training.profiling import NullProfiler
 from ddp_cifar.training.progress import Failed, Progress, Stopped
 from ddp_cifar.training.rank_exchange import RankExchange
 from ddp_cifar.training.step import TrainStep
+from ddp_cifar.training.survivor import Survivor
 from ddp_cifar.training.warmup import memory_advice
 
 SAVE_TIMEOUT_S = 60.0
@@ -73,6 +71,9 @@ class Trainer:
         if config.train.max_steps is not None:
             self.last_step = min(self.last_step, config.train.max_steps)
         self.save_due = False
+        self.survivor = Survivor(
+            world, train_step, self.metrics, checkpoints, self.state_dict, enabled=config.checkpoint.on_failure
+        )
         self.log_to(NullTracker())
         self.heartbeat: Heartbeat | NullHeartbeat = NullHeartbeat()
         self.profiler: NullProfiler = NullProfiler()
@@ -107,7 +108,7 @@ class Trainer:
         self.goodput = Goodput(start) if start else None
         self.ranks.saved()  # checkpoint.every_minutes counts from now
         try:
-            with self.heartbeat.watching(), self.profiler:
+            with self.survivor.on_guard(self.heartbeat, self.ranks.requests), self.profiler:
                 return self.run()
         finally:
             self.checkpoints.finish()
@@ -125,6 +126,7 @@ class Trainer:
                 self.save(wait=True)
             self.ranks.finish()
         except Failed as failed:
+            self.survivor.forbid(str(failed))
             raise RunError(f"{failed}; {self.describe_last_good()}") from None
         return reason
 
@@ -136,18 +138,19 @@ class Trainer:
         self.model.train()
         self.metrics.start_epoch()
         steps = self.metrics.timer.timed("data", self.train_loader.steps(progress.epoch, progress.step_in_epoch))
-        with memory_advice(self.train_step), self.progress_bar() as bar:
+        with memory_advice(self.train_step), progress.bar(self.plan.steps_per_epoch, show=self.show_progress) as bar:
             while progress.step_in_epoch < end:
                 batch = next(steps)
-                result = self.train_step(batch, progress.step, self.metrics)
-                progress.advance(end, updated=result.updated)
-                self.metrics.add_step(result.grad_norm, batch)
+                norm = self.train_step.gradients(batch, progress.step, self.metrics)
+                with self.survivor.changing():
+                    progress.advance(end, updated=self.train_step.update(norm, self.metrics))
+                    self.metrics.add_step(norm, batch)
+                    if due(progress.step, config.train.log_every):
+                        self.log_window()
+                    if due(progress.step, config.train.fingerprint_every):
+                        self.log_fingerprint()
                 self.profiler.step()
                 bar.update()
-                if due(progress.step, config.train.log_every):
-                    self.log_window()
-                if due(progress.step, config.train.fingerprint_every):
-                    self.log_fingerprint()
                 self.dashboard.show_histograms(self.model, progress.step)
                 self.save_due |= due(progress.step, config.checkpoint.every_steps)
                 self.sync_ranks()
@@ -171,11 +174,12 @@ class Trainer:
             results, logits = self.evaluator.run(progress, keep_logits_of=shown, on_batch=self.sync_ranks)
             row |= results | {"time/evaluation_s": time.perf_counter() - started}
             is_best = progress.record(results)  # all at once: a stop during the evaluation keeps the earlier results
-        self.log_row(row)
+        with self.survivor.changing():
+            self.log_row(row)
+            progress.end_epoch(is_whole=is_whole)
         log.info(epoch_line(row, "" if is_whole else f" (to step {progress.step})"))
         if logits is not None:
             self.dashboard.show_evaluation(logits, progress.step)
-        progress.end_epoch(is_whole=is_whole)
         if not is_last and progress.ends_early(config):
             is_last = True
             log.info(f"ending early: no better validation accuracy since step {progress.best_step}")
@@ -248,7 +252,7 @@ class Trainer:
     def log_fingerprint(self) -> None:
         """Log a row that has only the fingerprint, and a line on the terminal."""
         text = self.take_fingerprint()
-        self.tracker.log({"fingerprint": text}, self.progress.step)
+        self.log({"fingerprint": text})
         log.info(f"step {self.progress.step}: fingerprint {text}")
 
     def take_fingerprint(self) -> str:
@@ -259,18 +263,12 @@ class Trainer:
 
     def log_row(self, row: Scalars) -> None:
         """Log a row together with the run's goodput."""
-        self.tracker.log({**row, **(self.goodput.scalars() if self.goodput else {})}, self.progress.step)
+        self.log({**row, **(self.goodput.scalars() if self.goodput else {})})
 
-    def progress_bar(self) -> "tqdm[NoReturn]":
-        """Return the progress bar of the epoch's steps, shown on the terminal of rank 0."""
-        return tqdm(
-            total=self.plan.steps_per_epoch,
-            initial=self.progress.step_in_epoch,
-            desc=f"epoch {self.progress.epoch + 1}",
-            unit="step",
-            leave=False,
-            disable=not self.show_progress,
-        )
+    def log(self, row: Scalars) -> None:
+        """Log a row of the last completed step."""
+        self.survivor.rows.log(row, self.progress.step)
+        self.tracker.log(row, self.progress.step)
 
     # -- state
 

@@ -1,5 +1,7 @@
 """A run that hangs exits, and names the ranks without a heartbeat."""
 
+import dataclasses
+import re
 import threading
 import time
 from pathlib import Path
@@ -10,18 +12,46 @@ from ddp_cifar.distributed.world import World
 from ddp_cifar.run import heartbeat as heartbeat_module
 from ddp_cifar.run.heartbeat import Heartbeat, Sign
 
+SIGNS = {rank: Sign(rank, f"host{rank}", 100 + rank, ticks=5, beats=7, step=7, time=0.0) for rank in range(3)}
 
-def test_a_hang_names_the_ranks_without_a_heartbeat_or_those_behind(alone: World, tmp_path: Path) -> None:
-    signs = {rank: Sign(rank, f"host{rank}", 100 + rank, ticks=5, beats=7, step=7, time=0.0) for rank in range(3)}
+
+def heartbeat_of(alone: World, folder: Path) -> Heartbeat:
     world = World(0, 0, 3, 3, alone.device, "gloo", alone.control_group)
-    describe = Heartbeat(tmp_path, tmp_path, world, timeout_s=30)._describe
-    alive = {rank: Sign(**{**vars(sign), "ticks": 9}) for rank, sign in signs.items()}
-    silent = {**alive, 1: signs[1]}
-    assert "no heartbeat from rank 1 (host1, pid 101, at step 7)" in describe(signs, silent)
-    assert "no heartbeat from rank 2 (no heartbeat yet)" in describe(signs, {rank: alive[rank] for rank in (0, 1)})
-    behind = {**alive, 2: Sign(**{**vars(alive[2]), "beats": 6, "step": 6})}
-    assert "rank 2 (host2, pid 102, at step 6) is behind the others" in describe(signs, behind)
-    assert "all ranks are alive and waiting" in describe(signs, alive)
+    return Heartbeat(folder, folder, world, timeout_s=60, silent_timeout_s=30)
+
+
+def changed(signs: dict[int, Sign], rank: int, **values: int) -> dict[int, Sign]:
+    return {**signs, rank: dataclasses.replace(signs[rank], **values)}
+
+
+class Left(Exception):
+    pass
+
+
+def test_a_hang_names_the_ranks_that_are_behind(alone: World, tmp_path: Path) -> None:
+    describe = heartbeat_of(alone, tmp_path)._describe
+    alive = {rank: dataclasses.replace(sign, ticks=9) for rank, sign in SIGNS.items()}
+    behind = changed(alive, 2, beats=6, step=6)
+    assert "rank 2 (host2, pid 102, at step 6) is behind the others" in describe(SIGNS, behind)
+    assert "all ranks are alive and waiting" in describe(SIGNS, alive)
+    assert "do not change, check that disk" in describe(SIGNS, SIGNS)
+
+
+def test_a_lost_rank_is_named_and_a_disk_that_does_not_work_is_no_lost_rank(
+    alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(message: str) -> None:
+        raise Left(message)
+
+    monkeypatch.setattr(heartbeat_module, "leave", leave)
+    check_lost = heartbeat_of(alone, tmp_path)._check_lost
+    alive = {rank: dataclasses.replace(sign, ticks=9) for rank, sign in SIGNS.items()}
+    with pytest.raises(Left, match=re.escape("no heartbeat from rank 1 (host1, pid 101, at step 7) for 30 s")):
+        check_lost(SIGNS, {**alive, 1: SIGNS[1]})
+    with pytest.raises(Left, match=re.escape("no heartbeat from rank 2 (no heartbeat yet)")):
+        check_lost({0: SIGNS[0], 1: SIGNS[1]}, {0: alive[0], 1: alive[1]})
+    check_lost(SIGNS, alive)
+    check_lost(SIGNS, SIGNS)
 
 
 def test_the_process_exits_within_the_timeout_of_a_hang_and_not_because_of_a_slow_peer(
@@ -36,7 +66,9 @@ def test_the_process_exits_within_the_timeout_of_a_hang_and_not_because_of_a_slo
 
     monkeypatch.setattr(heartbeat_module, "leave", leave)
     started = time.monotonic()
-    with Heartbeat(tmp_path, tmp_path, alone, timeout_s=2) as beating, beating.watching():
+    saved: list[str] = []
+    beating = Heartbeat(tmp_path, tmp_path, alone, timeout_s=2, silent_timeout_s=30)
+    with beating, beating.watching(lambda: saved.append("the last step")):
         while time.monotonic() - started < 2.5:  # longer than the timeout, but with progress
             beating.beat(1)
             time.sleep(0.05)
@@ -45,5 +77,6 @@ def test_the_process_exits_within_the_timeout_of_a_hang_and_not_because_of_a_slo
         assert gone.wait(4)
         assert time.monotonic() - started > 1
     assert "no rank has made progress for 2 s (train.hang_timeout_s=2)" in left[0]
+    assert saved == ["the last step"]
     stacks = (tmp_path / "rank_0.stacks").read_text()
     assert "test_heartbeat.py" in stacks, "the stack of the main thread, which waits in this test"

@@ -1,0 +1,34 @@
+"""Processes of this machine: whether another rank that the same torchrun started is dead."""
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+
+def is_dead(pid: int) -> bool:
+    """True if the process has exited, also if torchrun has not noticed it yet (a zombie)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # the pid belongs to a new process of another user
+        return True
+    state, _ = _state_and_parent(pid)
+    return state in ("Z", "X")
+
+
+def kill_sibling(pid: int) -> None:
+    """Kill a process, if the torchrun that started this one also started it."""
+    if _state_and_parent(pid)[1] == os.getppid():
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _state_and_parent(pid: int) -> tuple[str, int]:
+    """Return the state letter and the parent's pid from /proc (proc_pid_stat(5)); ("", 0) if it is not known."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], int(fields[1])
+    except (OSError, ValueError, IndexError):
+        return "", 0
