@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ddp_cifar.distributed.environment import is_lost_peer, rank_and_world_size
-from ddp_cifar.errors import RunError, UserError, first_line
+from ddp_cifar.errors import CrashLoop, RunError, UserError, first_line
 from ddp_cifar.log import log, set_up_logging
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_SAVE_FAILED = 1, 2, 3
@@ -57,6 +57,9 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
     except KeyboardInterrupt:
         log.error("interrupted")
         status = EXIT_FAILED
+    except CrashLoop as error:
+        log.error(error)
+        status = end_job(str(error), EXIT_FAILED)
     except RunError as error:
         leave(str(error))
     except Exception as error:
@@ -129,6 +132,20 @@ def span(fewest: int, most: int) -> str:
 def counted(number: int | str, noun: str, plural: str = "") -> str:
     """Format a count with its noun: `1 rank`, `3 ranks`, `2 to 3 ranks`."""
     return f"{number} {noun if str(number) == '1' else plural or noun + 's'}"
+
+
+def end_job(message: str, status: int) -> int:
+    """Record the error as `record_error` does, and return the status with which every rank has to exit, so that the job ends.
+
+    With restarts left, torchrun would restart ranks that exit with another status than 0. launch/node.sh then reads the
+    status from `error.final`, next to torchrun's error file.
+    """
+    record_error(message, status)
+    if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        return status
+    with contextlib.suppress(OSError):
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_suffix(".final").touch()
+    return 0
 
 
 def record_lost_peer() -> None:

@@ -24,6 +24,10 @@ class RunError(RuntimeError):
     """
 
 
+class CrashLoop(RunError):
+    """Another start of the run would fail as the last ones did. The job must end, also if restarts are left."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the error's type if it has no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

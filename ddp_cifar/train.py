@@ -5,14 +5,13 @@ With `--dry-run [--nodes N] [--nproc-per-node N]`, check and describe the run wi
 
 import contextlib
 import inspect
-import os
 import socket
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ddp_cifar.command import EXIT_SAVE_FAILED, Arguments, check_counts, record_error, run_command
+from ddp_cifar.command import EXIT_SAVE_FAILED, Arguments, check_counts, end_job, run_command
 from ddp_cifar.config import TrainConfig, load_config, to_yaml
 from ddp_cifar.distributed.environment import check_started_by_torchrun, rank_and_world_size
 from ddp_cifar.errors import UserError
@@ -78,6 +77,8 @@ def main(argv: Sequence[str]) -> int:
                 log.info(f"{run_dir.path} is finished: {progress}; to continue, raise {limit}")
                 return 0
 
+        step, reached = progress.step, last_beat.step if last_beat else 0
+        world.on_main(lambda: run_dir.check_crash_loop(step, reached))
         init = None if resumed else world.on_main(lambda: initial_weights(config))
         dataset = build_dataset(config.data, world)
         trainer = build_trainer(config, world, dataset, checkpoints, init)
@@ -114,15 +115,13 @@ def main(argv: Sequence[str]) -> int:
         log.info(
             f"results in {run_dir.path}: checkpoints/, metrics.jsonl, tensorboard/ (tensorboard --logdir {run_dir.path})"
         )
-        if status and world.is_main:
+        if status:
             message = (
                 f"{checkpoints.failed_saves} checkpoints could not be saved (see the warnings above); "
                 f"the last good one is {checkpoints.last_good or 'none'}"
             )
             log.error(message)
-            record_error(message, status)
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-            status = 0  # with another status, torchrun would restart the completed run
+            status = end_job(message, status)
     return status
 
 

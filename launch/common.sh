@@ -20,7 +20,12 @@ wait_for() {
 # that rank's exit status, because torchrun itself exits with 1 for every failure.
 repeat_error() {
   local first
-  first=$(find "$1" -name error.txt -printf '%T@ %p\n' 2>/dev/null | sort -n | sed -n 1p | cut -d ' ' -f 2-)
+  first=$(find "$1" -name error.final -print -quit 2>/dev/null)
+  if [ -n "$first" ]; then
+    first=${first%.final}.txt
+  else
+    first=$(find "$1" -name error.txt -printf '%T@ %p\n' 2>/dev/null | sort -n | sed -n 1p | cut -d ' ' -f 2-)
+  fi
   # After a signal, errors with status 1 only echo the signal. User errors (2) and failed saves (3) are still reported.
   if [ -n "$first" ] && { [ -z "${interrupted:-}" ] || [ "$(cat "${first%.txt}.status")" != 1 ]; }; then
     cat "$first" >&2

@@ -103,7 +103,8 @@ agent=$!
 set +m
 wait_for "$agent" && status=0 || status=$?
 
-[ "$status" = 0 ] || repeat_error "$log_dir"
+# ranks that end a job for good exit with 0, so that torchrun does not restart them
+[ "$status" = 0 ] && [ -z "$(find "$log_dir" -name error.final -print -quit)" ] || repeat_error "$log_dir"
 if [ -z "${LOG_DIR:-}" ]; then
   rm -rf "$log_dir"
 elif [ -n "${NODE_NAME:-}" ]; then

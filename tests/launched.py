@@ -183,6 +183,11 @@ class Run:
     def terminal(self) -> str:
         return (self.path / "terminal.txt").read_text()
 
+    def starts(self) -> list[dict[str, Any]]:
+        """The rows of starts.jsonl."""
+        path = self.path / "starts.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
     @property
     def step(self) -> int:
         """The step of the newest checkpoint."""

@@ -127,16 +127,38 @@ def test_sigterm_stops_both_nodes(run: Run) -> None:
 # -- killed
 
 
+@pytest.mark.parametrize("victim", [1, 0])
 def test_a_killed_rank_ends_the_run_and_the_resumed_run_equals_an_uninterrupted_one(
-    run: Run, uninterrupted: Result
+    run: Run, uninterrupted: Result, victim: int
 ) -> None:
+    """No step is lost, and no row: rank 0, which writes them, may be the one that is killed."""
     run.start()
-    send([run.ranks()[1]], signal.SIGKILL)
+    time.sleep(0.3)
+    send([run.ranks()[victim]], signal.SIGKILL)
     assert run.end() != 0
     assert run.status == "running", "the status after a crash"
     assert "error: " in run.terminal.splitlines()[-1]
+    saved = run.step
     assert run.finish() == uninterrupted
     assert "resuming from" in run.terminal
+    assert [(row["step"], row["steps_lost"]) for row in run.starts()] == [(0, 0), (saved, 0)]
+    events = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    for tag in ("train/loss", "train/epoch_loss"):
+        expected = [row["step"] for row in all_rows(run.path) if tag in row]
+        assert [event.step for event in events.Scalars(tag)] == expected, tag
+
+
+@pytest.mark.slow
+def test_a_crash_loop_ends_although_restarts_are_left(run: Run) -> None:
+    run.launch(MAX_RESTARTS="9", PACE_S="2")
+    for number in (1, 2, 3):
+        assert wait_until(lambda number=number: len(run.starts()) == number, 60), run.terminal  # type: ignore[misc]
+        send([run.ranks()[1]], signal.SIGKILL)
+    assert run.end() == 1, run.terminal
+    message = "not starting again: 3 starts crashed at step 0, without a new step; see"
+    assert message in run.terminal.splitlines()[-1]
+    assert run.status.startswith(f"failed: crash loop: {message}")
+    assert len(run.starts()) == 3
 
 
 @pytest.mark.slow
@@ -233,15 +255,17 @@ def _is_child_of(pid: int, ancestor: int) -> bool:
 
 def test_a_rank_that_hangs_is_named_and_the_others_exit(run: Run) -> None:
     """SIGSTOP stops the process, as swapping or a debugger can."""
-    run.start(*LONG, "train.hang_timeout_s=6")
-    frozen, limit = run.ranks()[1], time.monotonic() + 6 + 2
+    run.start(*LONG, "train.silent_timeout_s=5")
+    frozen, limit = run.ranks()[1], time.monotonic() + 5 + 3
     send([frozen], signal.SIGSTOP)
     assert wait_until(lambda: "no heartbeat from" in run.terminal, 20)
     assert time.monotonic() < limit
     assert f"no heartbeat from rank 1 ({os.uname().nodename}, pid {frozen}, at step" in run.terminal
     assert "training/step.py" in (run.path / "logs" / "rank_0.stacks").read_text()
     assert run.end() != 0
-    assert "error: no rank has made progress for" in run.terminal.splitlines()[-1], "the reason is the last line"
+    assert "error: no heartbeat from rank 1" in run.terminal.splitlines()[-1], "the reason is the last line"
+    run.finish()
+    assert run.starts()[-1]["steps_lost"] == 0
 
 
 @pytest.mark.slow

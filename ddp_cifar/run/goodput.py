@@ -15,12 +15,16 @@ class Goodput:
         """Seconds spent waiting for saves."""
 
     def scalars(self) -> dict[str, float]:
-        """Return restarts, steps lost, productive seconds, and goodput: their share of the lifetime of the run's processes."""
+        """Return restarts, steps lost, downtime, productive seconds, and goodput.
+
+        Goodput is the share of the productive seconds in the lifetime of the run's processes and its downtime.
+        """
         occupied_s = self.start.occupied_s + time.time() - self.start.time
         productive_s = self.start.productive_s + time.perf_counter() - self.resumed_at - self.waiting_s
         return {
             "run/restarts": self.start.restarts,
             "run/steps_lost": self.start.steps_lost,
+            "run/downtime_s": self.start.downtime_s,
             "run/productive_s": productive_s,
-            "run/goodput": productive_s / occupied_s,
+            "run/goodput": productive_s / (occupied_s + self.start.downtime_s),
         }

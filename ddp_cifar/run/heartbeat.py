@@ -135,6 +135,7 @@ class Heartbeat:
         silent = [rank for rank in range(self.world.world_size) if _ticks(after, rank) == _ticks(before, rank)]
         if not silent or self.world.rank in silent:  # this rank's own file does not change: the disk does not work
             return
+        self._dump_stacks()
         self._before_leaving()
         for rank in silent:
             if rank in after and after[rank].host == socket.gethostname():

@@ -27,7 +27,7 @@ from typing import IO, Any, TypeGuard
 
 from ddp_cifar.config import by_looks, parse_yaml
 from ddp_cifar.distributed.environment import is_lost_peer
-from ddp_cifar.errors import UserError, first_line
+from ddp_cifar.errors import CrashLoop, UserError, first_line
 from ddp_cifar.log import log
 from ddp_cifar.text_files import parse_json, read_lines, read_text
 
@@ -35,6 +35,11 @@ CLAIM_TIMEOUT_S = 5.0
 """The longest wait for the processes of an earlier start to exit."""
 
 SURVIVORS = "survivors"
+
+MAX_STARTS_IN_VAIN = 3
+"""Starts that crash in a row, without a new step, before the run is not started again."""
+
+CRASH_LOOP = "failed: crash loop"
 
 LOST_NODE_TIMEOUT_S = 120.0
 """The longest wait for a file server to release the lock of a lost node (the lease of NFS 4 is 90 s)."""
@@ -57,6 +62,8 @@ class Start:
     """Seconds for which the processes of earlier starts ran, until rank 0's last heartbeat."""
     productive_s: float = 0.0
     """The part of `occupied_s` that advanced the run: steps and evaluations that were kept, without waits for saves."""
+    downtime_s: float = 0.0
+    """Seconds between the last heartbeat of each start that crashed and the first step of the next one."""
     found: str = ""
     """The status left by the previous start: `running` if it crashed."""
 
@@ -142,7 +149,8 @@ class RunDir:
             lost = before.steps_lost + max(0, reached - step)
             occupied_s = before.occupied_s + max(0.0, end - before.time)
             restarts, found = before.restarts + 1, self.read_status()
-            start = Start(began, step, world_size, restarts, lost, occupied_s, productive_s, found)
+            downtime_s = before.downtime_s + (max(0.0, time.time() - end) if _is_crash(found) else 0.0)
+            start = Start(began, step, world_size, restarts, lost, occupied_s, productive_s, downtime_s, found)
         with open(self.starts, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(start)) + "\n")
         return start
@@ -157,6 +165,32 @@ class RunDir:
                     if all(isinstance(value, float | int) for key, value in asdict(start).items() if key != "found"):
                         starts.append(start)
         return starts
+
+    def check_crash_loop(self, step: int, reached: int) -> None:
+        """Raise `CrashLoop` if the last starts have crashed without a new step, as the next one would.
+
+        The next start resumes from `step`; the last one reached step `reached`. The same error twice is enough; crashes
+        without a known error have to be three in a row.
+        """
+        starts, status = self.read_starts(), self.read_status()
+        ends = [*(start.found for start in starts[1:]), status]
+        lost = [start.steps_lost for start in starts] + [starts[-1].steps_lost if starts else 0]
+        resumed = [start.step for start in starts] + [max(step, reached)]
+        in_vain = 0  # the number of last starts that crashed without a new step
+        for number in reversed(range(len(starts))):
+            new_steps = resumed[number + 1] - resumed[number] + lost[number + 1] - lost[number]
+            if new_steps > 0 or not _is_crash(ends[number]):
+                break
+            in_vain += 1
+        same_error = in_vain and status.startswith("failed") and ends[-2:] == [status, status]
+        if same_error or in_vain >= MAX_STARTS_IN_VAIN:
+            what = f"{status} (twice)" if same_error else f"{in_vain} starts crashed"
+            message = (
+                f"not starting again: {what} at step {step}, without a new step; see {self.logs}, fix the cause, then run the "
+                f"same command"
+            )
+            self.write_status(f"{CRASH_LOOP}: {message}")
+            raise CrashLoop(message)
 
     def read_config(self) -> dict[str, Any]:
         """Return the content of config.yaml as nested dicts. Raises `OSError`, or `ValueError` if it has no keys."""
@@ -193,6 +227,11 @@ class RunDir:
             (self.path / "status").write_text(status + "\n")
         except OSError as error:
             log.warning(f"cannot write {self.path / 'status'} ({error.strerror}); the status is {status}")
+
+
+def _is_crash(status: str) -> bool:
+    """True for the status that a crash or a failure leaves, but not after the end of a crash loop: the cause may be fixed."""
+    return status == "running" or (status.startswith("failed") and not status.startswith(CRASH_LOOP))
 
 
 def read_rows(metrics: Path) -> Iterator[dict[str, Any]]:

@@ -51,6 +51,7 @@ LAYOUT = {
     "4. Restarts": {
         "goodput": ["run/goodput"],
         "restarts and lost steps": ["run/restarts", "run/steps_lost"],
+        "downtime, s": ["run/downtime_s"],
     },
 }
 """The page of custom scalars: the title and tags of each chart."""
@@ -91,10 +92,11 @@ def add_history(board: "SummaryWriter", starts: Sequence[Start], outcome: str, s
             str(start.world_size),
             "crashed" if end == "running" and number < len(starts) else end,
             str(start.steps_lost),
+            f"{start.downtime_s:.0f}",
         )
         for number, (start, end) in enumerate(zip(starts, ends, strict=True), start=1)
     ]
-    head = ("start", "time", "from step", "ranks", "outcome", "steps lost so far")
+    head = ("start", "time", "from step", "ranks", "outcome", "steps lost so far", "downtime so far, s")
     board.add_text("history", _markdown(head, rows), step)
 
 

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+from ddp_cifar.errors import CrashLoop
 from ddp_cifar.run.run_dir import RunDir
 
 
@@ -15,3 +18,68 @@ def test_starts_and_lost_steps_are_counted(tmp_path: Path) -> None:
         file.write('{"time": 16')  # an incomplete line, as left by a crash
     third = run_dir.note_start(2000.0, step=30, world_size=2, last_seen=(1700.0, 33))
     assert (third.restarts, third.steps_lost, third.occupied_s) == (2, 8, 300.0)
+
+
+def start_and_end(run_dir: RunDir, step: int, reached: int, status: str) -> None:
+    """A start from the checkpoint at `step` that ends with `status` after `reached` steps."""
+    run_dir.check_crash_loop(step, run_dir.reached)
+    run_dir.note_start(0.0, step, 2, last_seen=(0.0, run_dir.reached))
+    run_dir.write_status(status)
+    run_dir.reached = reached
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    run_dir = RunDir(str(tmp_path))
+    run_dir.reached = 0
+    return run_dir
+
+
+def test_three_crashes_without_a_new_step_end_the_job(run_dir: RunDir) -> None:
+    start_and_end(run_dir, 0, 9, "running")
+    for _ in range(3):
+        start_and_end(run_dir, 9, 9, "running")
+    with pytest.raises(
+        CrashLoop, match=r"not starting again: 3 starts crashed at step 9, without a new step; see .*logs, fix"
+    ):
+        run_dir.check_crash_loop(9, 9)
+    assert run_dir.read_status().startswith("failed: crash loop: not starting again")
+    start_and_end(run_dir, 9, 9, "running")  # the user tries once more
+    run_dir.check_crash_loop(9, 9)
+
+
+def test_crashes_with_new_steps_are_no_loop(run_dir: RunDir) -> None:
+    """Also if the steps were lost, because all ranks died at once, and after stops by request."""
+    for step in (0, 5, 6, 7, 8):
+        start_and_end(run_dir, step, step, "running")
+    for _ in range(5):
+        start_and_end(run_dir, 10, 14, "running")
+    for _ in range(5):
+        start_and_end(run_dir, 10, 10, "stopped: SIGTERM")
+    run_dir.check_crash_loop(10, 10)
+
+
+def test_the_same_error_twice_at_the_same_step_ends_the_job(run_dir: RunDir) -> None:
+    start_and_end(run_dir, 0, 9, "failed: no such file a.png")
+    start_and_end(run_dir, 9, 9, "failed: another error")
+    start_and_end(run_dir, 9, 9, "failed: no such file a.png")
+    start_and_end(run_dir, 9, 9, "failed: no such file a.png")
+    with pytest.raises(CrashLoop, match=r"not starting again: failed: no such file a.png \(twice\) at step 9"):
+        run_dir.check_crash_loop(9, 9)
+
+
+def test_an_error_that_repeats_at_another_step_is_no_loop(run_dir: RunDir) -> None:
+    start_and_end(run_dir, 0, 9, "failed: no such file a.png")
+    start_and_end(run_dir, 9, 12, "failed: no such file a.png")
+    run_dir.check_crash_loop(12, 12)
+
+
+def test_the_time_between_a_crash_and_the_next_start_is_downtime(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time", lambda: 1500.0)
+    run_dir.note_start(1000.0, 0, 2, last_seen=None)
+    run_dir.write_status("running")
+    assert run_dir.note_start(1490.0, 5, 2, last_seen=(1470.0, 5)).downtime_s == 30
+    run_dir.write_status("stopped: SIGTERM")
+    assert run_dir.note_start(1490.0, 5, 2, last_seen=(1400.0, 5)).downtime_s == 30

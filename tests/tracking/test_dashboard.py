@@ -281,7 +281,7 @@ def test_the_history_has_the_outcome_of_each_start(board: SummaryWriter) -> None
     summaries.add_history(board, starts, "finished", 30)
     (event,) = shown(board).Tensors("history/text_summary")
     rows = event.tensor_proto.string_val[0].decode().splitlines()[2:]
-    ends = [[cell.strip() for cell in row.split("|")][-3] for row in rows]
+    ends = [[cell.strip() for cell in row.split("|")][-4] for row in rows]
     assert ends == ["crashed", "stopped: SIGTERM", "finished"]
 
 
