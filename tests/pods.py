@@ -46,15 +46,15 @@ class Pod:
 
     def __init__(self, network: int, number: int, name: str, folder: Path, command: list[str], **options: Any) -> None:
         self.address = f"10.88.0.{number}"
-        self.name = name
+        self.name, self.number = name, number
         self.killed = False
         self.hosts = folder / f"hosts-{number}"
         self.hosts.write_text("\n" * HOSTS_SIZE)
         self.output = folder / f"{name}.{number}.txt"
-        enter = ("nsenter", f"--target={network}", "--net")
+        self.enter = ("nsenter", f"--target={network}", "--net")
         with open(self.output, "wb") as output:
             self.process = subprocess.Popen(
-                [*enter, *POD, "bash", "-ec", SET_UP, "-", name, self.hosts, self.address, *command],
+                [*self.enter, *POD, "bash", "-ec", SET_UP, "-", name, self.hosts, self.address, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -65,7 +65,11 @@ class Pod:
         link = (
             f"ip link add v{number} type veth peer name eth0 netns {self.first} && ip link set v{number} master br0 up"
         )
-        subprocess.run([*enter, "sh", "-c", link], check=True)
+        subprocess.run([*self.enter, "sh", "-c", link], check=True)
+
+    def cut_off(self) -> None:
+        """Disconnect the pod from the network. Unlike a kill, this does not close its connections."""
+        subprocess.run([*self.enter, "ip", "link", "set", f"v{self.number}", "down"], check=True)
 
     def send(self, signum: int) -> None:
         """Send a signal to process 1. SIGKILL kills all processes of the pod."""
@@ -92,9 +96,9 @@ class Job:
     `outcomes` has (index, exit status, action) for each pod that ended. The action is `Succeeded` or that of podFailurePolicy.
     """
 
-    def __init__(self, folder: Path, *arguments: str, nodes: int) -> None:
+    def __init__(self, folder: Path, *arguments: str, nodes: int, **environment: str) -> None:
         self.service, self.job = manifest()
-        self.spec, self.arguments, self.nodes = self.job["spec"], arguments, nodes
+        self.spec, self.arguments, self.nodes, self.environment = self.job["spec"], arguments, nodes, environment
         self.volume = folder / "volume"
         self.folder = folder
         self.volume.mkdir()
@@ -134,7 +138,7 @@ class Job:
             if "valueFrom" in each:
                 assert each["valueFrom"] == {"fieldRef": {"fieldPath": "status.podIP"}}
                 environment[each["name"]] = address
-        environment["NNODES"] = str(self.nodes)
+        environment |= {"NNODES": str(self.nodes), **self.environment}
         return [*container["command"], *arguments, *self.arguments], environment, CHECKOUT
 
     def _update_dns(self) -> None:

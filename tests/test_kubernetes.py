@@ -104,8 +104,8 @@ def start_job(tmp_path: Path) -> Iterator[StartJob]:
         pytest.skip(reason)
     jobs: list[Job] = []
 
-    def start(*arguments: str, nodes: int = 3, pods: tuple[int, ...] = ()) -> Job:
-        jobs.append(Job(tmp_path, *ARGUMENTS, *arguments, nodes=nodes))
+    def start(*arguments: str, nodes: int = 3, pods: tuple[int, ...] = (), **environment: str) -> Job:
+        jobs.append(Job(tmp_path, *ARGUMENTS, *arguments, nodes=nodes, **environment))
         jobs[0].start(*pods)
         return jobs[0]
 
@@ -168,6 +168,17 @@ def test_if_the_pod_with_the_rendezvous_is_killed_all_pods_are_replaced(start_jo
     run_past_a_checkpoint(job, starts=2)
     assert sorted(job.outcomes) == [(0, 137, "Count"), (1, 1, "Count"), (2, 1, "Count")], job.report()
     finish_after_a_kill(job)
+
+
+@pytest.mark.slow
+def test_a_pod_ends_if_the_rendezvous_is_lost_without_a_closed_connection(start_job: StartJob) -> None:
+    """As when the node of pod 0 loses its power. torchrun alone would wait for 15 minutes."""
+    job = start_job(*LONG, nodes=2, CHECK_EVERY_S="1")
+    run_past_a_checkpoint(job, starts=1)
+    job.pods[0].cut_off()
+    job.run_until(lambda: job.outcomes, 60)
+    assert job.outcomes == [(1, 1, "Count")]
+    assert f"error: the rendezvous on {job.pods[0].address}:29500 does not respond" in job.report()
 
 
 @pytest.mark.slow

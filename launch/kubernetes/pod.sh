@@ -14,6 +14,7 @@
 #   SERVICE                name of the headless Service; it resolves to the addresses of all pods that are up
 #   HEAD                   rendezvous address: the name of pod 0 and a port
 #   LOCAL_ADDR             address of this pod. With addresses instead of names, no rank uses an outdated DNS record of a replaced pod
+#   CHECK_EVERY_S          seconds between checks of the rendezvous during the run; default 10. After six failed ones, the pod ends
 #   NPROC_PER_NODE, OMP_NUM_THREADS, MAX_RESTARTS   as in launch/node.sh
 #
 # Exit status, for the policies in job.yaml:
@@ -44,6 +45,11 @@ addresses_of() {
   { getent ahosts "$1" || true; } | cut -d ' ' -f 1 | sort -u
 }
 
+# is_open ADDRESS PORT: true if something accepts connections there.
+is_open() {
+  timeout 3 bash -c "exec 3<>/dev/tcp/$1/$2" 2>/dev/null
+}
+
 port=${HEAD##*:}
 if [ "$JOB_COMPLETION_INDEX" = 0 ]; then
   python -m ddp_cifar.train --dry-run --nodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" "$@"
@@ -54,15 +60,29 @@ else
   echo "waiting for the rendezvous on $HEAD"
   until
     address=$(addresses_of "${HEAD%:*}" | sed -n 1p)
-    [ -n "$address" ] && timeout 5 bash -c "exec 3<>/dev/tcp/$address/$port" 2>/dev/null
+    [ -n "$address" ] && is_open "$address" "$port"
   do sleep 2; done
-  [[ $address != *:* ]] || address="[$address]"
   export HEAD=$address:$port
+  [[ $address != *:* ]] || export HEAD="[$address]:$port" # IPv6
 fi
 
 "$(dirname "${BASH_SOURCE[0]}")/../node.sh" "$@" &
 node=$! terminated=''
 trap 'terminated=1; kill -TERM "$node" 2>/dev/null || true' TERM
+
+# If the node of pod 0 is lost without closing its connections, torchrun waits for the rendezvous until TCP gives up, for about
+# 15 minutes. End this pod instead: the exit of its first process kills all others.
+if [ "$JOB_COMPLETION_INDEX" != 0 ]; then
+  trap 'echo "error: the rendezvous on $HEAD does not respond" >&2; exit 1' USR1
+  (
+    failures=0
+    while [ "$failures" -lt 6 ]; do
+      sleep "${CHECK_EVERY_S:-10}"
+      if is_open "$address" "$port"; then failures=0; else failures=$((failures + 1)); fi
+    done
+    kill -USR1 $$
+  ) &
+fi
 wait_for "$node" && status=0 || status=$?
 
 state=$(cat "$run_dir/status" 2>/dev/null || true)
