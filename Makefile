@@ -43,7 +43,7 @@ lint: install
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/shellcheck -x launch/*.sh slurm/*.sh tests/*.sh tests/slurm/*.sh .ci/run
+	@$(BIN)/shellcheck -x launch/*.sh launch/kubernetes/*.sh slurm/*.sh tests/*.sh tests/slurm/*.sh .ci/run
 
 test: lint
 	@echo "== Tests: the fast ones (make test-all runs all)"

@@ -10,6 +10,7 @@ from launched import CHECKOUT
 
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "docs/*.md", "launch/README.md", "slurm/README.md", "benchmarks/README.md"),
+    "launch/kubernetes/*",
     *("configs/*.yaml", "configs/sweeps/*.yaml", "launch/*.sh", "slurm/*.sh", "benchmarks/*.sh", "benchmarks/*.py"),
 )
 PROGRAMS = {
