@@ -11,7 +11,8 @@
 #   HEAD             rendezvous address HOST:PORT; required with several nodes, with the same value on every node
 #   RUN_ID           rendezvous id of this start, the same on every node; default ddp_cifar
 #   LOCAL_ADDR       the address by which other nodes reach this one; default: the address of its host name
-#   MIN_NODES        start with this many nodes if the others have not joined after 30 s; default NNODES
+#   MIN_NODES        train with this many nodes at least, default NNODES. The run starts with them if no other node joins for 5 s
+#                    (preflight: 30 s). It starts again from the last completed step if a node is lost or joins (MAX_RESTARTS)
 #   MAX_RESTARTS     how often torchrun restarts the ranks after a failure; default 0
 #   OMP_NUM_THREADS  CPU threads per rank; default: the node's cores divided among its ranks
 #   MODULE           the Python module that every rank runs; default ddp_cifar.train
@@ -59,6 +60,12 @@ if [ "$nnodes" = 1 ]; then
   flags+=(--standalone)
 else
   flags+=(--rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${RUN_ID:-ddp_cifar}")
+fi
+if [ "${MIN_NODES:-$nnodes}" != "$nnodes" ]; then
+  # torchrun's defaults are 30 s, and 15 s until a node counts as lost
+  wait_s=5
+  [ "${MODULE:-}" != ddp_cifar.preflight ] || wait_s=30
+  flags+=(--rdzv-conf="last_call_timeout=$wait_s,keep_alive_interval=2,keep_alive_max_attempt=3")
 fi
 [ -z "${LOCAL_ADDR:-}" ] || flags+=(--local-addr="$LOCAL_ADDR")
 

@@ -17,6 +17,7 @@
 #
 # Settings (environment variables, passed on to every host):
 #   NPROC_PER_NODE, OMP_NUM_THREADS, MAX_RESTARTS, MODULE   as in launch/node.sh
+#   MIN_NODES        if the run crashes or loses a host, start it again on the hosts that answer, if there are so many
 #   NCCL_*, GLOO_*, TORCH_*   passed on unchanged
 #   CHECKOUT         the folder of the checkout, or of the copied scripts, on the hosts; default: the same path as here
 #   SETUP            a command to run first on each host, such as "source ~/venv/bin/activate"
@@ -50,6 +51,9 @@ export NNODES=${#hosts[@]} RUN_ID="ssh-$$" HEAD=${HEAD:-$first:$((20000 + $$ % 1
   ;;
 esac
 module=${MODULE:-ddp_cifar.train}
+min_nodes=${MIN_NODES:-}
+unset MIN_NODES # launch/node.sh has its own: here, each start has a fixed number of hosts
+[ -z "$min_nodes" ] || check_count MIN_NODES "$min_nodes"
 if [ "$module" = ddp_cifar.preflight ]; then
   export MIN_NODES=1
   set -- --nodes "$NNODES" --hosts "$(IFS=, && echo "${hosts[*]#*@}")" "$@"
@@ -58,15 +62,15 @@ read -ra connect <<<"${SSH:-ssh}"
 CHECK_TIMEOUT_S=180 # Python may need a minute to start from a slow file system
 connect+=(-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3)
 
-# run_on HOST SCRIPT: run a bash script on the host, in its checkout, with the settings.
-settings=$(env | grep -E '^(NPROC_PER_NODE|OMP_NUM_THREADS|MAX_RESTARTS|MODULE|NNODES|MIN_NODES|RUN_ID|HEAD|NCCL_.*|GLOO_.*|TORCH_.*)=' |
-  while IFS= read -r line; do printf 'export %s=%q; ' "${line%%=*}" "${line#*=}"; done)
+# run_on HOST SCRIPT [SECONDS]: run a bash script on the host, in its checkout, with the settings. SECONDS is a time limit.
 run_on() {
-  local script
+  local script settings
+  settings=$(env | grep -E '^(NPROC_PER_NODE|OMP_NUM_THREADS|MAX_RESTARTS|MODULE|NNODES|MIN_NODES|RUN_ID|HEAD|NCCL_.*|GLOO_.*|TORCH_.*)=' |
+    while IFS= read -r line; do printf 'export %s=%q; ' "${line%%=*}" "${line#*=}"; done)
   printf -v script 'export NODE_NAME=%q; %s cd %q 2>/dev/null || { echo no checkout at %q: set CHECKOUT; exit 2; }; %s %s' \
     "${1#*@}" "$settings" "$folder" "$folder" "${SETUP:-:};" "$2"
   # base64, so that any login shell passes the script to bash unchanged
-  "${connect[@]}" "$1" "exec bash -c 'eval \"\$(echo $(base64 <<<"$script" | tr -d '\n') | base64 -d)\"'"
+  ${3:+timeout -k 1 "$3"} "${connect[@]}" "$1" "exec bash -c 'eval \"\$(echo $(base64 <<<"$script" | tr -d '\n') | base64 -d)\"'"
 }
 
 work=$(mktemp -d)
@@ -82,19 +86,19 @@ checksums() { (cd "$1" && find . -name "*.py" -o -name "*.sh" -o -name "*.yaml" 
 echo "files $(for part in launch "$package" configs; do [ ! -d "$part" ] || checksums "$part"; done | sha256sum | cut -c 1-12)"'
 if [ "$module" = ddp_cifar.train ]; then
   check+="; ranks=\${NPROC_PER_NODE:-\$(count_gpus)}; [ \"\$ranks\" -gt 0 ] || ranks=1
-python -m ddp_cifar.train --dry-run --nodes $NNODES --nproc-per-node \"\$ranks\" $quoted 2>&1"
+python -m ddp_cifar.train --dry-run --nodes $NNODES --nproc-per-node \"\$ranks\" $quoted 2>&1 || exit
+echo \"files run_dir \$(python -m ddp_cifar.train --print-config $quoted | sed -n 's/^run_dir: //p')\""
 fi
 trap 'kill $(jobs -p) 2>/dev/null || true; exit 130' INT TERM
 for i in "${!hosts[@]}"; do
   {
-    connect=(timeout "$CHECK_TIMEOUT_S" "${connect[@]}")
-    run_on "${hosts[i]}" "$check" </dev/null >"$work/check-$i" 2>&1 && echo 0 || echo $?
+    run_on "${hosts[i]}" "$check" "$CHECK_TIMEOUT_S" </dev/null >"$work/check-$i" 2>&1 && echo 0 || echo $?
   } >"$work/check-status-$i" &
 done
 wait
-bad=0 files=$(sed -n 's/^files //p' "$work/check-0")
+bad=0 files=$(sed -n 's/^files //p' "$work/check-0" | sed -n 1p) run_dir=$(sed -n 's/^files run_dir //p' "$work/check-0")
 for i in "${!hosts[@]}"; do
-  check_status=$(cat "$work/check-status-$i") found=$(sed -n 's/^files //p' "$work/check-$i")
+  check_status=$(cat "$work/check-status-$i") found=$(sed -n 's/^files //p' "$work/check-$i" | sed -n 1p)
   reason=$(tail -n 1 "$work/check-$i")
   if [ "$check_status" = 124 ]; then
     echo "error: ${hosts[i]} did not respond within $CHECK_TIMEOUT_S s; check whether one of its file systems hangs" >&2
@@ -126,39 +130,77 @@ trap 'signal_hosts INT' INT
 trap 'signal_hosts TERM' TERM HUP
 trap 'signal_hosts USR1' USR1
 trap 'signal_hosts QUIT' QUIT
-for i in "${!hosts[@]}"; do
-  mkfifo "$work/channel-$i"
-  (
-    trap '' INT # Ctrl-C reaches the host only through its channel
-    for channel in "${channels[@]}"; do exec {channel}>&-; done
-    run_on "${hosts[i]}" "launch/remote.sh $quoted" <"$work/channel-$i"
-  ) > >(trap '' INT TERM && exec tee "$work/output-$i" | sed -u "s/^/[${hosts[i]}] /") 2>&1 &
-  nodes+=($!)
-  exec {channel}>"$work/channel-$i"
-  channels+=("$channel")
-done
 
-[ -z "${interrupted:-}" ] || signal_hosts TERM # a signal arrived while the hosts were starting
-status=0 running=("${!nodes[@]}") failed=''
-while [ ${#running[@]} -gt 0 ]; do
-  left=()
-  for i in "${running[@]}"; do
-    if kill -0 "${nodes[i]}" 2>/dev/null; then
-      { echo . >&"${channels[i]}" || true; } 2>/dev/null
-      left+=("$i")
-      continue
-    fi
-    wait_for "${nodes[i]}" && exit_status=0 || exit_status=$?
-    if [ "$exit_status" != 0 ] && [ "$status" = 0 ]; then
-      status=$exit_status failed=$i
-      # The other hosts would wait for the failed one. In a preflight they must continue, because they report it.
-      if [ "$module" != ddp_cifar.preflight ]; then
-        for channel in "${channels[@]}"; do echo QUIT >&"$channel" || true; done 2>/dev/null
-      fi
-    fi
+# start_hosts: run launch/node.sh on the hosts `active`, numbers into `hosts`, and wait until all have exited. Sets `status`, and
+# `failed` to the host that failed first.
+start_hosts() {
+  local i channel left running exit_status
+  nodes=() channels=() status=0 failed=''
+  for i in "${active[@]}"; do
+    mkfifo "$work/channel-$start-$i"
+    (
+      trap '' INT # Ctrl-C reaches the host only through its channel
+      for channel in "${channels[@]}"; do exec {channel}>&-; done
+      run_on "${hosts[i]}" "launch/remote.sh $quoted" <"$work/channel-$start-$i"
+    ) > >(trap '' INT TERM && exec tee "$work/output-$i" | sed -u "s/^/[${hosts[i]}] /") 2>&1 &
+    nodes[i]=$!
+    exec {channel}>"$work/channel-$start-$i"
+    channels[i]=$channel
   done
-  running=("${left[@]}")
-  [ ${#running[@]} = 0 ] || sleep 0.5 || true
+  [ -z "${interrupted:-}" ] || signal_hosts TERM # a signal arrived while the hosts were starting
+  running=("${active[@]}")
+  while [ ${#running[@]} -gt 0 ]; do
+    left=()
+    for i in "${running[@]}"; do
+      if kill -0 "${nodes[i]}" 2>/dev/null; then
+        { echo . >&"${channels[i]}" || true; } 2>/dev/null
+        left+=("$i")
+        continue
+      fi
+      wait_for "${nodes[i]}" && exit_status=0 || exit_status=$?
+      if [ "$exit_status" != 0 ] && [ "$status" = 0 ]; then
+        status=$exit_status failed=$i
+        # The other hosts would wait for the failed one. In a preflight they must continue, because they report it.
+        if [ "$module" != ddp_cifar.preflight ]; then
+          for channel in "${channels[@]}"; do echo QUIT >&"$channel" || true; done 2>/dev/null
+        fi
+      fi
+    done
+    running=("${left[@]}")
+    [ ${#running[@]} = 0 ] || sleep 0.5 || true
+  done
+  for channel in "${channels[@]}"; do exec {channel}>&-; done
+}
+
+# crashed: true if the run has crashed or lost a host, so that another start resumes it. Sets `active` to the hosts that answer and
+# can write to run_dir.
+crashed() {
+  local i ready=() answers=()
+  [ "$status" = 1 ] || [ "$status" = 255 ] || return 1
+  for i in "${active[@]}"; do
+    run_on "${hosts[i]}" "launch/check_node.sh $(printf %q "$run_dir") && cat $(printf %q "$run_dir/status")" 20 \
+      </dev/null >"$work/answer-$i" 2>&1 &
+    answers+=($!)
+  done
+  wait "${answers[@]}" || true
+  for i in "${active[@]}"; do
+    [ "$(sed -n 1p "$work/answer-$i")" != ready ] || ready+=("$i")
+  done
+  [ ${#ready[@]} -ge "$min_nodes" ] && [ "$(sed -n 2p "$work/answer-${ready[0]}")" = running ] || return 1
+  active=("${ready[@]}")
+}
+
+active=("${!hosts[@]}") start=1 port=${HEAD##*:}
+start_hosts
+while [ -n "$min_nodes" ] && [ -z "${interrupted:-}" ] && crashed; do
+  start=$((start + 1))
+  export NNODES=${#active[@]} RUN_ID="ssh-$$-$start"
+  names=()
+  for i in "${active[@]}"; do names+=("${hosts[i]#*@}"); done
+  [ "${active[0]}" = 0 ] && head_host=${HEAD%:*} || head_host=${names[0]}
+  HEAD=$head_host:$((port + start - 1)) # another port: the earlier rendezvous may not have ended
+  echo "the run crashed; starting again on $NNODES of ${#hosts[@]} hosts ($(IFS=, && echo "${names[*]}"))"
+  start_hosts
 done
 if [ "$status" != 0 ]; then
   sleep 0.2
