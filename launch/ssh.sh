@@ -100,7 +100,7 @@ bad=0 files=$(sed -n 's/^files //p' "$work/check-0" | sed -n 1p) run_dir=$(sed -
 for i in "${!hosts[@]}"; do
   check_status=$(cat "$work/check-status-$i") found=$(sed -n 's/^files //p' "$work/check-$i" | sed -n 1p)
   reason=$(tail -n 1 "$work/check-$i")
-  if [ "$check_status" = 124 ]; then
+  if [ "$check_status" = 124 ] || [ "$check_status" = 137 ]; then
     echo "error: ${hosts[i]} did not respond within $CHECK_TIMEOUT_S s; check whether one of its file systems hangs" >&2
   elif [ "$check_status" = 255 ]; then
     echo "error: ${hosts[i]} cannot be reached by ssh (${reason:-no answer})" >&2

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 SECONDS = float(os.environ.get("PACE_S", "0.04"))  # per micro-batch
 
+HANG_FILE = os.environ.get("HANG_FILE", "")
+"""While this file exists, rank 1 hangs at its next micro-batch."""
+
 
 class Network(nn.Sequential):
     """A network with the same kinds of layers as the CNN (BatchNorm, both dropouts), a thousandth of its size."""
@@ -28,5 +31,7 @@ class Network(nn.Sequential):
     def forward(self, images: Tensor) -> Tensor:
         if self.training:
             time.sleep(SECONDS)
+            if HANG_FILE and os.environ.get("RANK") == "1" and os.path.exists(HANG_FILE):
+                time.sleep(10_000)
         logits: Tensor = super().forward(images)
         return logits
