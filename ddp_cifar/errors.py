@@ -24,6 +24,10 @@ class RunError(RuntimeError):
     """
 
 
+class FaultyReplica(RunError):
+    """The same, on a rank whose weights differ from those of most ranks. Its node must not be used again."""
+
+
 class CrashLoop(RunError):
     """Another start of the run would fail as the last ones did. The job must end, also if restarts are left."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddp_cifar.data.dataset import DataSet
 from ddp_cifar.distributed.world import World
-from ddp_cifar.errors import RunError, UserError
+from ddp_cifar.errors import FaultyReplica, RunError, UserError
 from ddp_cifar.log import log
 from ddp_cifar.run.checkpoint_file import digest, load_checkpoint
 from ddp_cifar.run.checkpoint_store import Checkpoints, NullCheckpoints
@@ -256,6 +256,7 @@ def diverge(world: World, after_step: int) -> str:
     trainer.train_step.update = update  # type: ignore[method-assign]
     with pytest.raises(RunError) as error:
         trainer.fit()
+    assert isinstance(error.value, FaultyReplica) == (world.rank == 2)
     return str(error.value)
 
 

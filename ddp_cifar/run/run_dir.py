@@ -7,6 +7,7 @@ tensorboard/                  the same for TensorBoard
 checkpoints/step_NNNNNNNN.pt  checkpoints, with links `latest.pt` and `best.pt`
 logs/rank_N.log               each rank's log; rank_N.stacks: the stacks of all Python threads after a hang
 heartbeats/rank_N             each rank's last heartbeat
+bad_nodes                     nodes that slurm/train.sh does not use again, with the reasons
 starts.jsonl                  a row for each start of the run
 lock                          host and pid of the process that holds it
 checkpoints/survivors         a row for each rank that saved its last completed step when another one was lost
@@ -27,7 +28,7 @@ from typing import IO, Any, TypeGuard
 
 from ddp_cifar.config import by_looks, parse_yaml
 from ddp_cifar.distributed.environment import is_lost_peer
-from ddp_cifar.errors import CrashLoop, UserError, first_line
+from ddp_cifar.errors import CrashLoop, FaultyReplica, UserError, first_line
 from ddp_cifar.log import log
 from ddp_cifar.text_files import parse_json, read_lines, read_text
 
@@ -212,9 +213,17 @@ class RunDir:
         try:
             yield
         except Exception as error:
+            if isinstance(error, FaultyReplica):
+                self.note_bad_node("has a rank whose weights differ from the others'")
             if not is_lost_peer(error) and not self.read_status().startswith("failed"):
                 self.write_status(f"failed: {first_line(error)}")
             raise
+
+    def note_bad_node(self, reason: str) -> None:
+        """Add this node to bad_nodes, so that slurm/train.sh does not use it again."""
+        node = os.environ.get("NODE_NAME", socket.gethostname())
+        with contextlib.suppress(OSError), open(self.path / "bad_nodes", "a", encoding="utf-8") as file:
+            file.write(f"{node} {reason}\n")
 
     def read_status(self) -> str:
         try:

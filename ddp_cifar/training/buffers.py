@@ -48,8 +48,7 @@ class BufferMean:
         self.needed = num_micro_batches > 1 and bool(self.flats)
 
     def begin_step(self, num_micro_batches: int) -> None:
-        """Save the buffers that every micro-batch of the step starts from."""
-        self.starts = self._clones()
+        """Prepare the sums of a step with so many micro-batches."""
         if self.needed:
             self.float_starts = [start for start in self.starts if start.is_floating_point()]
             self.changes = TreeSum(num_micro_batches)
@@ -69,7 +68,7 @@ class BufferMean:
             self.changes.add(range(index, index + 1), [(flat - start) * weight for flat, start in pairs])
 
     def end_step(self) -> None:
-        """The step is complete: the current values are those of the last step from now on."""
+        """Make the current values those that the next step starts from. Call it after a step, and after loading buffers."""
         self.starts = self._clones()
 
     def undo_step(self) -> None:

@@ -150,11 +150,10 @@ class TrainMetrics:
         self.counter.clear()
         self.progress.window += new
 
-    def are_finite(self) -> bool:
-        """True if `flush` would find no loss or gradient that is not finite. Waits for the device."""
+    def are_finite(self, counts: Totals) -> bool:
+        """True if `flush` would find no loss in `counts`, and no gradient, that is not finite. Waits for the device."""
         norms = [norm.item() for norm in self.norms] if self.finite_gradients else []
-        nonfinite = self.counter.read()[0].nonfinite if self.finite_losses else 0
-        return nonfinite == 0 and all(map(math.isfinite, norms))
+        return not (self.finite_losses and counts.nonfinite) and all(map(math.isfinite, norms))
 
     def window_row(self) -> tuple[dict[str, float], Work]:
         """Return the scalars of the steps since the last row (or the start of the epoch), and this rank's local work in them.

@@ -1,7 +1,7 @@
 """The progress of a run."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -151,4 +151,8 @@ class Stopped(Exception):
 
 
 class Failed(Exception):
-    """Raised on all ranks at the same call if the run cannot continue."""
+    """Raised on all ranks at the same call if the run cannot continue. `faulty`: the ranks whose weights are wrong."""
+
+    def __init__(self, message: str, faulty: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.faulty = faulty

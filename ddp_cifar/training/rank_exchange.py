@@ -39,8 +39,8 @@ class Decision(NamedTuple):
     save: bool = False
     stop: str = ""
     """The reason to stop, or "" to continue."""
-    diverged: str = ""
-    """The ranks whose weights differ from the others', or "" if all are equal."""
+    diverged: Sequence[int] = ()
+    """The ranks whose weights differ from the others'."""
 
 
 class Agreement:
@@ -107,7 +107,7 @@ class RankExchange:
             stop += f" (rank {rank})" if self.world.world_size > 1 else ""
         return Decision(any(status.save for status in statuses), stop, differing_ranks(statuses))
 
-    def compare_now(self) -> str:
+    def compare_now(self) -> list[int]:
         """Return the ranks whose last fingerprint differs, at the end of the run. Every rank must call it."""
         return differing_ranks([RankStatus(*numbers) for numbers in self.world.gather(self.status)])
 
@@ -164,8 +164,8 @@ class RankExchange:
                     )
 
 
-def differing_ranks(statuses: Sequence[RankStatus]) -> str:
-    """Return the ranks whose fingerprint is not the most common one, such as `rank 1, rank 3`; "" if all are equal."""
+def differing_ranks(statuses: Sequence[RankStatus]) -> list[int]:
+    """Return the ranks whose fingerprint is not the most common one."""
     prints = [status.fingerprint for status in statuses]
     common = max(prints, key=prints.count)
-    return ", ".join(f"rank {rank}" for rank, value in enumerate(prints) if value != common)
+    return [rank for rank, value in enumerate(prints) if value != common]

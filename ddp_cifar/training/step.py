@@ -272,6 +272,7 @@ class TrainStep:
     def load_state_dict(self, state: State, source: str, updates: int) -> None:
         """Load a state made by `updates` updates. Raises `UserError`, which names `source`, if it does not fit."""
         load_weights(self.model, state["model"], source)
+        self.buffers.end_step()
         load_optimizer_state(self.optimizer, state["optimizer"])
         if self.ema:
             load_weights(self.ema.module, state["ema"], source)

@@ -116,35 +116,39 @@ class Survivor:
             if self._called or not self.enabled:
                 return
             self._called = True
+            # never released: the main thread must not change the state that is written
+            if not self._changes.acquire(timeout=STEP_TIMEOUT_S):
+                log.warning("the last completed step was not saved: this rank is in the middle of an update")
+                return
             try:
-                self._save()
+                with self._on_another_stream():
+                    self._save(Totals(*self._counts.tolist()))
             except Exception as error:  # such as a lost GPU: the checkpoints before it count
                 log.warning(f"the last completed step was not saved ({type(error).__name__}: {first_line(error)})")
 
-    def _save(self) -> None:
-        # never released: the main thread must not change the state that is written
-        if not self._changes.acquire(timeout=STEP_TIMEOUT_S):
-            return log.warning("the last completed step was not saved: this rank is in the middle of an update")
-        if not self._is_whole or self._forbidden or not self.metrics.are_finite():
-            reason = self._forbidden or ("a number is not finite" if self._is_whole else "an update failed")
-            return log.warning(f"the last completed step was not saved: {reason}")
-        if self._position() == self._first:
-            return None
-        with self._on_another_stream():
-            self.checkpoints.save_as_survivor(self._state(), self._progress["step"])
-        return None
+    def _save(self, counts: Totals) -> None:
+        wrong = self._forbidden or ("" if self._is_whole else "an update failed")
+        if not wrong and not self.metrics.are_finite(counts):
+            wrong = "a number is not finite"
+        if wrong:
+            log.warning(f"the last completed step was not saved: {wrong}")
+        elif self._position() != self._first:
+            self.checkpoints.save_as_survivor(self._state(counts), self._progress["step"])
 
     def _note(self) -> None:
         self._progress = self.metrics.progress.state_dict()
         self._counts = self.metrics.counter.total.clone()
+        if self.world.device.type == "cuda":
+            self._done = torch.cuda.Event()
+            self._done.record()
 
     def _position(self) -> tuple[int, int]:
         return self._progress["step"], self._progress["epoch"]
 
-    def _state(self) -> State:
+    def _state(self, counts: Totals) -> State:
         self.train_step.stop_evaluating()
         state = self.state_dict()
-        window = Totals(**self._progress["window"]) + Totals(*self._counts.tolist())
+        window = Totals(**self._progress["window"]) + counts
         buffers = self.train_step.buffers.at_last_step()
         return state | {
             "model": {name: buffers.get(name, value) for name, value in state["model"].items()},
@@ -155,9 +159,11 @@ class Survivor:
     def _on_another_stream(self) -> contextlib.AbstractContextManager[object]:
         """On CUDA, copy on another stream: the current one may wait for a collective that does not end.
 
-        `TrainStep.gradients` waits for the collectives of a step, so that no update is queued behind them.
+        The copy waits for the last step only. `TrainStep.gradients` has waited for its collectives, so it will be completed.
         """
         device = self.world.device
         if device.type != "cuda":
             return contextlib.nullcontext()
-        return torch.cuda.stream(torch.cuda.Stream(device))
+        stream = torch.cuda.Stream(device)
+        stream.wait_event(self._done)
+        return torch.cuda.stream(stream)

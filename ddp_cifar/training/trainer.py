@@ -2,13 +2,14 @@
 
 import math
 import time
+from collections.abc import Sequence
 
 from ddp_cifar.config import Config, to_dict
 from ddp_cifar.data.dataset import DataSet
 from ddp_cifar.data.loader import TrainLoader
 from ddp_cifar.data.normalization import normalization_of
 from ddp_cifar.distributed.world import World
-from ddp_cifar.errors import RunError
+from ddp_cifar.errors import FaultyReplica, RunError
 from ddp_cifar.log import log
 from ddp_cifar.run.checkpoint_file import State
 from ddp_cifar.run.checkpoint_store import Checkpoints
@@ -71,9 +72,8 @@ class Trainer:
         if config.train.max_steps is not None:
             self.last_step = min(self.last_step, config.train.max_steps)
         self.save_due = False
-        self.survivor = Survivor(
-            world, train_step, self.metrics, checkpoints, self.state_dict, enabled=config.checkpoint.on_failure
-        )
+        on = config.checkpoint.on_failure
+        self.survivor = Survivor(world, train_step, self.metrics, checkpoints, self.state_dict, enabled=on)
         self.log_to(NullTracker())
         self.heartbeat: Heartbeat | NullHeartbeat = NullHeartbeat()
         self.profiler: NullProfiler = NullProfiler()
@@ -127,7 +127,8 @@ class Trainer:
             self.ranks.finish()
         except Failed as failed:
             self.survivor.forbid(str(failed))
-            raise RunError(f"{failed}; {self.describe_last_good()}") from None
+            error = FaultyReplica if self.world.rank in failed.faulty else RunError
+            raise error(f"{failed}; {self.describe_last_good()}") from None
         return reason
 
     def train_epoch(self) -> None:
@@ -203,11 +204,12 @@ class Trainer:
         if decision.stop:
             raise Stopped(decision.stop)
 
-    def fail_if_diverged(self, diverged: str) -> None:
-        """Raise `Failed` if the weights of some ranks differ."""
-        if diverged:
-            step = self.progress.step
-            raise Failed(f"the weights of {diverged} differ from those of the other ranks, found at step {step}")
+    def fail_if_diverged(self, ranks: Sequence[int]) -> None:
+        """Raise `Failed` if there are `ranks` whose weights differ from the others'."""
+        if ranks:
+            names = ", ".join(f"rank {rank}" for rank in ranks)
+            message = f"the weights of {names} differ from those of the other ranks, found at step {self.progress.step}"
+            raise Failed(message, faulty=ranks if 2 * len(ranks) < self.world.world_size else [])
 
     def save(self, *, wait: bool = False) -> None:
         """Save a checkpoint; every rank must call it. Training continues while rank 0 writes.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ddp_cifar.errors import CrashLoop
+from ddp_cifar.errors import CrashLoop, FaultyReplica, RunError
 from ddp_cifar.run.run_dir import RunDir
 
 
@@ -18,6 +18,15 @@ def test_starts_and_lost_steps_are_counted(tmp_path: Path) -> None:
         file.write('{"time": 16')  # an incomplete line, as left by a crash
     third = run_dir.note_start(2000.0, step=30, world_size=2, last_seen=(1700.0, 33))
     assert (third.restarts, third.steps_lost, third.occupied_s) == (2, 8, 300.0)
+
+
+def test_a_faulty_replica_names_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NODE_NAME", "node7")
+    for error in (RunError("the weights of rank 1 differ"), FaultyReplica("the weights of rank 1 differ")):
+        with pytest.raises(RunError), RunDir(str(tmp_path)).recording_failure():
+            raise error
+    assert (tmp_path / "bad_nodes").read_text() == "node7 has a rank whose weights differ from the others'\n"
+    assert RunDir(str(tmp_path)).read_status() == "failed: the weights of rank 1 differ"
 
 
 def start_and_end(run_dir: RunDir, step: int, reached: int, status: str) -> None:

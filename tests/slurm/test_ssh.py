@@ -200,15 +200,13 @@ def test_a_killed_rank_shuts_down_all_hosts_and_is_reported_last(hosts: Hosts) -
     assert hosts.none_left(30), hosts.left()
 
 
-@pytest.mark.parametrize("victim", ["node1", "node2"])
-def test_a_lost_host_is_left_out_of_the_next_start(hosts: Hosts, victim: str) -> None:
-    """The rendezvous and rank 0 are on node1. No step is lost, with ranks on the other host."""
+def test_a_lost_host_is_left_out_of_the_next_start(hosts: Hosts) -> None:
+    """Also if it is the one with the rendezvous and rank 0. No step is lost, with ranks on the other host."""
     hosts.environment |= {"MIN_NODES": "1"}
     process = hosts.start(TWO, "train.epochs=30", "run_dir=run")
-    hosts.cluster.crash(victim)
+    hosts.cluster.crash("node1")
     assert process.wait(150) == 0, hosts.said
-    other = {"node1": "node2", "node2": "node1"}[victim]
-    assert f"the run crashed; starting again on 1 of 2 hosts ({other})" in hosts.said
+    assert "the run crashed; starting again on 1 of 2 hosts (node2)" in hosts.said
     assert hosts.status == "finished"
     starts = [json.loads(line) for line in (hosts.copy / "run" / "starts.jsonl").read_text().splitlines()]
     assert [(start["world_size"], start["steps_lost"]) for start in starts] == [(4, 0), (2, 0)]

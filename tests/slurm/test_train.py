@@ -184,14 +184,20 @@ def test_a_job_that_loses_the_node_of_its_script_is_requeued(
 def test_a_job_that_loses_another_node_continues_on_the_rest(
     cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result]
 ) -> None:
-    """In the same allocation, without a requeue, before Slurm has noticed, from the last completed step."""
-    job = Job(cluster, tmp_path, "--nodes=3", arguments=(*SHORT, *REPRODUCIBLE))
+    """In the same allocation, without a requeue, from the last completed step.
+
+    The node vanishes without closing a connection: its link is cut first. Only its heartbeat tells.
+    """
+    job = Job(cluster, tmp_path, "--nodes=3", arguments=(*SHORT, *REPRODUCIBLE, "train.silent_timeout_s=8"))
     job.wait_under_way()
     begun = time.monotonic()
+    cluster.on("node2", "ip", "link", "set", "eth0", "down")
     cluster.crash("node2")
     cluster.wait_until(lambda: len(job.starts()) == 2, 60, job.id)
-    assert time.monotonic() - begun < 45
+    print(f"started again after {time.monotonic() - begun:.1f} s")
+    assert time.monotonic() - begun < 8 + 40
     assert steps_lost(job) == 0
+    assert "no heartbeat from rank 1 (node2, pid" in job.log
     assert job.finish() == uninterrupted(*SHORT, *REPRODUCIBLE)
     assert cluster.restarts(job.id) == 0
     assert f"job {job.id}: node2 is not used again: it does not answer" in job.log
@@ -205,7 +211,11 @@ def test_a_spare_node_replaces_a_lost_one(
     monkeypatch.setenv("SPARE_NODES", "1")
     job = Job(cluster, tmp_path, "--nodes=3")
     job.wait_under_way()
+    begun = time.monotonic()
     cluster.crash("node2")
+    cluster.wait_until(lambda: len(job.starts()) == 2, 60, job.id)
+    print(f"started again after {time.monotonic() - begun:.1f} s")
+    assert time.monotonic() - begun < 45
     assert job.finish() == uninterrupted(*SHORT)
     assert cluster.restarts(job.id) == 0
     assert steps_lost(job) == 0
