@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Requeue a job whose script is gone because the script's node is lost. slurm/train.sh runs it on some other nodes of the job.
+# Requeue a job whose script is gone because the script's node is lost; cancel it if it cannot be requeued, as in a chain.
+# slurm/train.sh runs this on some other nodes of the job.
 #
 # Usage:
 #
@@ -15,6 +16,7 @@ while :; do
   nodes=$(scontrol show job "$job" | sed -n 's/^ *NodeList=//p') || continue # the controller may be busy
   if [ -n "$nodes" ] && ! scontrol show hostnames "$nodes" | grep -qx "$script_node"; then
     echo "job $job: $script_node, the node of the script, is lost; requeuing the job"
-    scontrol requeue "$job" && exit
+    scontrol requeue "$job" || scancel "$job" || continue
+    exit
   fi
 done

@@ -197,7 +197,7 @@ check_and_submit() {
   sbatch "${options[@]}" "$script" "${arguments[@]}"
 }
 
-# split_options [SBATCH_OPTION ...] -- [ARGUMENT ...]: sets `options` and `arguments`. Reads `nodes`, `ranks` (per node) and
+# split_options [SBATCH_OPTION ...] -- [ARGUMENT ...]: sets `options` and `arguments`. Reads `nodes` (without SPARE_NODES), `ranks` (per node) and
 # `task` (the first task of an array) from the options. Creates the folder of the job's log: without it, Slurm would fail the
 # job without a message.
 split_options() {
@@ -234,6 +234,7 @@ split_options() {
     shift
   done
   [[ $nodes =~ ^[1-9][0-9]*$ ]] || nodes=1
+  [[ ! ${SPARE_NODES:-} =~ ^[0-9]+$ ]] || [ "$SPARE_NODES" -ge "$nodes" ] || nodes=$((nodes - SPARE_NODES))
   [[ ! $total =~ ^[1-9][0-9]*$ ]] || ranks=$(((total + nodes - 1) / nodes))
   ranks=${NPROC_PER_NODE:-$ranks}
   [[ $ranks =~ ^[1-9][0-9]*$ ]] || ranks=1
