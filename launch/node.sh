@@ -11,8 +11,8 @@
 #   HEAD             rendezvous address HOST:PORT; required with several nodes, with the same value on every node
 #   RUN_ID           rendezvous id of this start, the same on every node; default ddp_cifar
 #   LOCAL_ADDR       the address by which other nodes reach this one; default: the address of its host name
-#   MIN_NODES        train with this many nodes at least, default NNODES. The run starts with them if no other node joins for 5 s
-#                    (preflight: 30 s). It starts again from the last completed step if a node is lost or joins (MAX_RESTARTS)
+#   MIN_NODES        train with this many nodes at least; default NNODES. The run starts if no other node joins for 5 seconds
+#   (preflight: 30), and starts again, up to MAX_RESTARTS times, if a node is lost or joins
 #   MAX_RESTARTS     how often torchrun restarts the ranks after a failure; default 0
 #   OMP_NUM_THREADS  CPU threads per rank; default: the node's cores divided among its ranks
 #   MODULE           the Python module that every rank runs; default ddp_cifar.train

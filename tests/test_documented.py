@@ -76,6 +76,10 @@ RUN_BY = {
     r"augment\.name=(augmentations|color):": "data/test_augment.py::test_the_augmentations_of_the_page_differ_per_image",
     r"^torchrun --nproc_per_node=2 program\.py": "test_api.py::test_the_program_of_the_python_page_runs_on_two_ranks",
     r"^(pip wheel|ddp-cifar) ": "test_packaging.py::test_an_installed_wheel_trains_and_evaluates_in_an_empty_folder",
+    r"^python tests/soak\.py": "test_faults.py::test_random_kills_leave_state_and_rows_bitwise_identical",
+    r"^python tests/recovery\.py": "test_faults.py::test_the_recovery_from_a_killed_rank_is_measured",
+    r"^launch/check_node\.sh": "slurm/test_train.py::test_a_spare_node_replaces_a_lost_one",
+    r"^slurm/guard\.sh": "slurm/test_train.py::test_a_job_that_loses_the_node_of_its_script_is_requeued",
     r"^tests/\S+\.py$": "",
 }
 """The test that runs each command that needs a cluster, several hosts, minutes, or special checks."""

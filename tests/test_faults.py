@@ -289,6 +289,15 @@ def test_random_kills_leave_state_and_rows_bitwise_identical(run: Run, tmp_path:
 
 
 @pytest.mark.slow
+def test_the_recovery_from_a_killed_rank_is_measured() -> None:
+    command = [sys.executable, CHECKOUT / "tests" / "recovery.py", "--runs", "1", "--only", "rank killed, 2 ranks"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment_of())
+    seconds, lost = re.search(r"rank killed, 2 ranks: ([\d.]+) s .*, (\d+) steps lost", done.stdout).groups()
+    assert float(seconds) < 30
+    assert lost == "0"
+
+
+@pytest.mark.slow
 def test_from_4_to_2_to_1_to_4_ranks_with_kills(run: Run, uninterrupted: Result) -> None:
     """The number of ranks changes the rounding of sums in the rows. It does not change ledgers and steps."""
     for ranks in (4, 2, 1):
