@@ -39,13 +39,13 @@ set_up_rendezvous() {
 
 # use_nodes NODE...: the next start_nodes uses these nodes. The rendezvous is on the first one. Its port depends on the job and on
 # the number of starts, so that it is free.
-attempt=0 again=()
+starts=0 again=()
 use_nodes() {
-  chosen=("$@") attempt=$((attempt + 1))
+  chosen=("$@")
   # --overlap: Slurm may still count an earlier start as running
-  [ "$*" = "${job_nodes[*]}" ] && [ "$attempt" = 1 ] || again=(--overlap --nodelist="$(IFS=, && echo "$*")")
-  HEAD=$1:$((20000 + (SLURM_JOB_ID + 7919 * (attempt - 1)) % 10000))
-  export HEAD NNODES=$# RUN_ID="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$attempt"
+  [ "$*" = "${job_nodes[*]}" ] && [ "$starts" = 0 ] || again=(--overlap --nodelist="$(IFS=, && echo "$*")")
+  HEAD=$1:$((20000 + (SLURM_JOB_ID + 7919 * starts) % 10000))
+  export HEAD NNODES=$# RUN_ID="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$starts"
 }
 
 # start_nodes LOG_DIR ARGUMENT...: run launch/node.sh on the chosen nodes, in the background. Sets `step` to srun's pid.
@@ -55,6 +55,7 @@ start_nodes() {
   mkdir -p "$1"
   export LOG_DIR=$1
   shift
+  starts=$((starts + 1))
   work=$(mktemp -d)
   mkfifo "$work/errors"
   copy_errors <"$work/errors" &
