@@ -22,6 +22,7 @@ from ddp_cifar.errors import FaultyReplica, RunError, UserError
 from ddp_cifar.log import log
 from ddp_cifar.run.checkpoint_file import digest, load_checkpoint
 from ddp_cifar.run.checkpoint_store import Checkpoints, NullCheckpoints
+from ddp_cifar.run.resume import find_checkpoint
 from ddp_cifar.run.stopping import Requests
 from ddp_cifar.training.metrics import TrainMetrics
 from ddp_cifar.training.totals import sample_hashes
@@ -441,6 +442,9 @@ def test_a_survivor_saves_the_last_completed_step(alone: World, tmp_path: Path, 
     assert saved is not None
     assert saved.state["progress"]["step"] == (10 if moment == "evaluation" else 7)
     assert saved.state["rows"][-1]["step"] == (10 if moment == "evaluation" else 6)
+    elsewhere = find_checkpoint(str(saved.path), Checkpoints(tmp_path / "other", keep=1))
+    assert elsewhere is not None
+    assert "rows" not in elsewhere.state, "another run does not get this run's rows"
     resumed = resume_from({key: value for key, value in saved.state.items() if key != "config"}, alone, *arguments)
     resumed.fit(parts)
     assert state_digest(resumed) == state_digest(uninterrupted)

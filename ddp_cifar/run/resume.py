@@ -89,8 +89,9 @@ def find_checkpoint(resume: str, own: Checkpoints, *, fix_links: bool = True) ->
             f"to resume from an older one, use another run_dir"
         )
     if not latest:
-        # the best checkpoint of the other run is not in this run_dir
+        # the best checkpoint and the rows of metrics of the other run are not in this run_dir
         found.state["progress"] |= {"best_val_accuracy": -1.0, "best_step": None}
+        found.state.pop("rows", None)
     return found
 
 
