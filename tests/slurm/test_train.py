@@ -399,21 +399,6 @@ def test_a_run_on_three_nodes_finishes(cluster: Cluster, tmp_path: Path) -> None
     assert {path.name for path in job.run_dir.glob("logs/*")} == {f"rank_{i}.log" for i in range(3)}
 
 
-def test_after_a_lost_node_a_resume_on_half_the_ranks_is_bitwise_identical(
-    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result]
-) -> None:
-    arguments = (*SHORT, *REPRODUCIBLE)
-    job = Job(cluster, tmp_path, *TWO_NODES, "--no-requeue", arguments=arguments)
-    job.wait_under_way()
-    cluster.crash("node2")
-    cluster.wait_until(lambda: cluster.state(job.id) in ("NODE_FAIL", "FAILED"), 90, job.id)
-    half = Job(cluster, tmp_path, "--nodes=1", arguments=arguments)
-    result = half.finish()
-    assert half.starts()[1] > 0
-    assert "1 rank x 4 micro-batches of 8 images" in half.log
-    assert result == uninterrupted(*arguments)
-
-
 def test_the_scripts_of_a_copy_run_that_copy_with_its_site_settings(cluster: Cluster, tmp_path: Path) -> None:
     copy = copy_checkout(tmp_path)
     (copy / "slurm" / "site.sh").write_text("export NPROC_PER_NODE=2; echo 'the site was here'\n")
