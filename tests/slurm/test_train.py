@@ -493,7 +493,7 @@ def test_a_chain_resumes_without_requeues_and_cancels_the_remaining_jobs(cluster
 def test_nodes_that_are_started_by_hand_form_one_run(cluster: Cluster, tmp_path: Path) -> None:
     """The command of launch/README.md on two nodes, without Slurm."""
     copy = copy_checkout(tmp_path)
-    command = command_of("launch/README.md", "^HEAD=")
+    command = command_of("launch/README.md", "^HEAD=\\S+ NNODES=2 launch")
     line = f"cd {shlex.quote(str(copy))}; {command} {shlex.join(ARGUMENTS)} train.max_steps=2 run_dir=runs/by-hand"
     with ThreadPoolExecutor() as machines:
         done = list(machines.map(lambda node: cluster.on(node, "bash", "-c", line), ("node1", "node2")))
