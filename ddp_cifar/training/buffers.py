@@ -56,9 +56,7 @@ class BufferMean:
     def begin_micro_batch(self) -> None:
         """Restore the buffers to the start of the step."""
         if self.needed:
-            for flat, start in zip(self.flats, self.starts, strict=True):
-                flat.copy_(start)
-            self._put_views_back()
+            self.undo_step()
 
     def end_micro_batch(self, index: int, weight: float) -> None:
         """Add the change that a forward pass made. `weight` is the micro-batch's share of the step's images."""
@@ -69,12 +67,15 @@ class BufferMean:
 
     def end_step(self) -> None:
         """Make the current values those that the next step starts from. Call it after a step, and after loading buffers."""
+        self._copy_assigned()
+        self._put_views_back()
         self.starts = self._clones()
 
     def undo_step(self) -> None:
         """Restore the buffers to the end of the last complete step."""
         for flat, start in zip(self.flats, self.starts, strict=True):
             flat.copy_(start)
+        self._put_views_back()
 
     def at_last_step(self) -> dict[str, Tensor]:
         """Return each buffer by name as it was after the last complete step. Can be called from any thread."""

@@ -175,6 +175,17 @@ def test_an_assigned_buffer_is_the_mean_over_micro_batches() -> None:
     assert two.center.abs().sum() > 0
 
 
+@pytest.mark.parametrize("micro_batch_size", [16, 8])
+def test_a_survivor_has_the_last_value_of_an_assigned_buffer(micro_batch_size: int) -> None:
+    """Also with one micro-batch per step, whose buffers need no mean."""
+    trainer = trained(
+        "model.name=test_trial:Centered", f"train.micro_batch_size={micro_batch_size}", "train.max_steps=2"
+    )
+    center = trainer.train_step.buffers.at_last_step()["center"]
+    assert center.abs().sum() > 0
+    assert torch.equal(center, trainer.model.center)
+
+
 def test_an_optimizer_that_averages_weights_is_told_when_it_trains_and_evaluates() -> None:
     trainer = trained("optim.name=test_trial:Averaging")
     state = trainer.state_dict()
