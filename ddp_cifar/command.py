@@ -59,7 +59,8 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
         status = EXIT_FAILED
     except CrashLoop as error:
         log.error(error)
-        status = end_job(str(error), EXIT_FAILED)
+        record_error(str(error), EXIT_FAILED, is_final=True)
+        status = final_status(EXIT_FAILED)
     except RunError as error:
         leave(str(error))
     except Exception as error:
@@ -134,18 +135,9 @@ def counted(number: int | str, noun: str, plural: str = "") -> str:
     return f"{number} {noun if str(number) == '1' else plural or noun + 's'}"
 
 
-def end_job(message: str, status: int) -> int:
-    """Record the error as `record_error` does, and return the status with which every rank has to exit, so that the job ends.
-
-    With restarts left, torchrun would restart ranks that exit with another status than 0. launch/node.sh then reads the
-    status from `error.final`, next to torchrun's error file.
-    """
-    record_error(message, status)
-    if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        return status
-    with contextlib.suppress(OSError):
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_suffix(".final").touch()
-    return 0
+def final_status(status: int) -> int:
+    """Return the status with which every rank has to exit to end the job: if restarts are left, torchrun restarts all others."""
+    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else status
 
 
 def record_lost_peer() -> None:
@@ -155,7 +147,7 @@ def record_lost_peer() -> None:
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name("lost_peer").touch()
 
 
-def record_error(message: str, status: int, details: str = "") -> None:
+def record_error(message: str, status: int, details: str = "", *, is_final: bool = False) -> None:
     """Write the error to the file that torchrun reads, in the format of torch's `@record`.
 
     (`@record` itself would also print a traceback, and add one to torchrun's report, for a user error.) Next to that
@@ -169,3 +161,5 @@ def record_error(message: str, status: int, details: str = "") -> None:
             path.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
             path.with_suffix(".status").write_text(f"{status}\n")
             path.with_suffix(".txt").write_text(line, errors="backslashreplace")
+            if is_final:
+                path.with_suffix(".final").touch()

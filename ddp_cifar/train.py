@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ddp_cifar.command import EXIT_SAVE_FAILED, Arguments, check_counts, end_job, run_command
+from ddp_cifar.command import EXIT_SAVE_FAILED, Arguments, check_counts, final_status, record_error, run_command
 from ddp_cifar.config import TrainConfig, load_config, to_yaml
 from ddp_cifar.distributed.environment import check_started_by_torchrun, rank_and_world_size
 from ddp_cifar.errors import UserError
@@ -115,14 +115,14 @@ def main(argv: Sequence[str]) -> int:
         log.info(
             f"results in {run_dir.path}: checkpoints/, metrics.jsonl, tensorboard/ (tensorboard --logdir {run_dir.path})"
         )
-        if status:
+        if status and world.is_main:
             message = (
                 f"{checkpoints.failed_saves} checkpoints could not be saved (see the warnings above); "
                 f"the last good one is {checkpoints.last_good or 'none'}"
             )
             log.error(message)
-            status = end_job(message, status)
-    return status
+            record_error(message, status, is_final=True)
+    return final_status(status)
 
 
 def dry_run(argv: Sequence[str]) -> int:

@@ -13,7 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import ARGUMENTS, CHECKOUT, LONG, Result, Run, environment_of, processes, rows_of, send, start, wait_until
+from launched import (
+    ARGUMENTS,
+    CHECKOUT,
+    LONG,
+    Result,
+    Run,
+    environment_of,
+    parent_of,
+    processes,
+    rows_of,
+    send,
+    start,
+    wait_until,
+)
 from soak import VARIANTS, run_until_finished
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_launch import rows as all_rows
@@ -246,10 +259,7 @@ def _is_child_of(pid: int, ancestor: int) -> bool:
     while pid > 1:
         if pid == ancestor:
             return True
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            return False
+        pid = parent_of(pid)
     return False
 
 
@@ -368,6 +378,7 @@ def test_a_missing_checkpoint_folder_skips_checkpoints_and_the_exit_status_is_no
     assert run.status == "finished"
     assert "was not saved (No such file or directory)" in run.terminal
     assert "checkpoints could not be saved" in run.terminal.splitlines()[-1]
+    assert "0 checkpoints could not be saved" not in run.terminal, "rank 1 saves none, and reports none"
 
 
 @pytest.mark.slow
