@@ -6,7 +6,7 @@
 #     launch/check_node.sh RUN_DIR
 #
 # Checks that RUN_DIR can be written, and that NPROC_PER_NODE NVIDIA GPUs respond if the job has GPUs (GPUS_PER_NODE is not 0).
-# slurm/train.sh runs it on each node before it starts a run again. launch/preflight.sh checks far more.
+# slurm/train.sh and launch/ssh.sh run it on each node before they start a run again. launch/preflight.sh checks far more.
 set -euo pipefail
 
 fail() {

@@ -86,7 +86,9 @@ checksums() { (cd "$1" && find . -name "*.py" -o -name "*.sh" -o -name "*.yaml" 
 echo "files $(for part in launch "$package" configs; do [ ! -d "$part" ] || checksums "$part"; done | sha256sum | cut -c 1-12)"'
 if [ "$module" = ddp_cifar.train ]; then
   check+="; ranks=\${NPROC_PER_NODE:-\$(count_gpus)}; [ \"\$ranks\" -gt 0 ] || ranks=1
-python -m ddp_cifar.train --dry-run --nodes $NNODES --nproc-per-node \"\$ranks\" $quoted 2>&1 || exit
+python -m ddp_cifar.train --dry-run --nodes $NNODES --nproc-per-node \"\$ranks\" $quoted 2>&1"
+  # the folder that another start needs
+  [ -z "$min_nodes" ] || check+=" || exit
 echo \"files run_dir \$(python -m ddp_cifar.train --print-config $quoted | sed -n 's/^run_dir: //p')\""
 fi
 trap 'kill $(jobs -p) 2>/dev/null || true; exit 130' INT TERM
