@@ -104,7 +104,8 @@ class Checkpoints:
         with open(self.folder / SURVIVORS, "a+") as file:
             with contextlib.suppress(OSError):  # without lock support, several ranks write the same state
                 if not lock_file(file, SURVIVOR_TIMEOUT_S):
-                    return log.warning(f"{path} was not saved here: another rank still writes it")
+                    log.warning(f"{path} was not saved here: another rank still writes it")
+                    return
             file.seek(0)
             others = {line.split()[1] for line in file if line.split()[0] == str(step)}
             if not others:

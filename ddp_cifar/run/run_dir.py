@@ -120,10 +120,8 @@ class RunDir:
         lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         self._lock = lock
-        for path in (
-            *self.checkpoints.glob("*.tmp"),
-            self.checkpoints / SURVIVORS,
-        ):  # left by a kill, or by an earlier start
+        (self.checkpoints / SURVIVORS).unlink(missing_ok=True)  # of the previous start
+        for path in self.checkpoints.glob("*.tmp"):  # left by a kill during a write
             path.unlink(missing_ok=True)
 
     def close(self) -> None:

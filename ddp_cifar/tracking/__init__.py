@@ -106,11 +106,8 @@ def build_tracker(
     log them again. `last_rows` are the last rows before `step`, as another rank kept them: those that are missing are added.
     """
     kept, drops_at_step = drop_later_rows(metrics, step, epoch)
-    written = JsonLinesTracker(metrics)
     known = set(map(_identity, kept))
     missing = [row for row in last_rows if is_row(row) and is_before(row, step, epoch) and _identity(row) not in known]
-    for row in missing:
-        written.log(_scalars(row), row["step"])
     # Events at `step` itself, such as the pictures of an evaluation, are kept. There are two exceptions: some of them must be
     # dropped (the row of an epoch), as a purge cannot tell them apart; or `step` is 0, at which every start writes.
     purged = min([step if drops_at_step or step == 0 else step + 1, *(row["step"] for row in missing)])
@@ -118,6 +115,9 @@ def build_tracker(
     for row in (*kept, *missing):
         if row["step"] >= purged:
             events.log(_scalars(row), row["step"])
+    written = JsonLinesTracker(metrics)
+    for row in missing:
+        written.log(_scalars(row), row["step"])
     return _All(events, written, custom or NullTracker())
 
 

@@ -72,8 +72,8 @@ class Trainer:
         if config.train.max_steps is not None:
             self.last_step = min(self.last_step, config.train.max_steps)
         self.save_due = False
-        on = config.checkpoint.on_failure
-        self.survivor = Survivor(world, train_step, self.metrics, checkpoints, self.state_dict, enabled=on)
+        saves = config.checkpoint.on_failure
+        self.survivor = Survivor(world, train_step, self.metrics, checkpoints, self.state_dict, enabled=saves)
         self.log_to(NullTracker())
         self.heartbeat: Heartbeat | NullHeartbeat = NullHeartbeat()
         self.profiler: NullProfiler = NullProfiler()
