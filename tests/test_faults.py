@@ -378,7 +378,7 @@ def test_a_missing_checkpoint_folder_skips_checkpoints_and_the_exit_status_is_no
     assert run.status == "finished"
     assert "was not saved (No such file or directory)" in run.terminal
     assert "checkpoints could not be saved" in run.terminal.splitlines()[-1]
-    assert "0 checkpoints could not be saved" not in run.terminal, "rank 1 saves none, and reports none"
+    assert "error: 0 checkpoints could not be saved" not in run.terminal, "rank 1 saves none, and reports none"
 
 
 @pytest.mark.slow
