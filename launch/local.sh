@@ -41,7 +41,7 @@ signal_all() { kill -s "$1" "${nodes[@]}" 2>/dev/null || true; }
 trap 'interrupted=1; signal_all INT' INT
 trap 'interrupted=1; signal_all TERM' TERM HUP
 trap 'interrupted=1; signal_all USR1' USR1
-trap 'interrupted=1; signal_all QUIT' QUIT
+trap 'interrupted=1; signal_all USR2' QUIT USR2
 set -m # otherwise background processes ignore SIGINT, and the nodes could not forward Ctrl-C
 for ((node = 0; node < nnodes; node++)); do
   if [ "$NPROC_PER_NODE" -le "$per_node" ]; then
@@ -62,7 +62,7 @@ while [ "$running" -gt 0 ]; do
   if [ "$status" = 0 ] && [ "$exit_status" != 0 ]; then
     status=$exit_status
     # The other nodes would wait for the failed one. In a preflight they must continue, because they report it.
-    [ "${MODULE:-}" = ddp_cifar.preflight ] || signal_all QUIT
+    [ "${MODULE:-}" = ddp_cifar.preflight ] || signal_all USR2 # not QUIT, which a background job of a script ignores
   fi
 done
 for node in "${nodes[@]}"; do # two nodes may have exited at the same time

@@ -22,7 +22,7 @@
 #   (always 30 with torch before 2.12, whose torchrun has no such setting)
 #
 # Ctrl-C, SIGTERM and SIGUSR1 are forwarded to the ranks, which save, stop after the same step, and exit with status 0. A
-# second Ctrl-C terminates them immediately. On SIGQUIT, torchrun shuts the ranks down. After a failure, the last line is
+# second Ctrl-C terminates them immediately. On SIGUSR2 or SIGQUIT, torchrun shuts the ranks down. After a failure, the last line is
 # the error of the rank that failed first, and the exit status is that rank's exit status.
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -34,6 +34,9 @@ gpus=$(count_gpus)
 nproc_per_node=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 check_count NNODES "$nnodes"
 check_count NPROC_PER_NODE "$nproc_per_node"
+min_nodes=${MIN_NODES:-$nnodes}
+check_count MIN_NODES "$min_nodes"
+[ "$min_nodes" -le "$nnodes" ] || user_error "MIN_NODES=$min_nodes is invalid: expected at most NNODES=$nnodes"
 if [ "$nnodes" != 1 ]; then
   head=${HEAD:-}
   [ -n "$head" ] ||
@@ -55,13 +58,13 @@ shutdown_timeout=60
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-$shutdown_timeout}
 
 log_dir=$(mktemp -d "${LOG_DIR:-${TMPDIR:-/tmp}}/launch-XXXXXX") # used by this start only
-flags=(--nnodes="${MIN_NODES:-$nnodes}:$nnodes" --nproc-per-node="$nproc_per_node" --max-restarts="${MAX_RESTARTS:-0}" --log-dir="$log_dir")
+flags=(--nnodes="$min_nodes:$nnodes" --nproc-per-node="$nproc_per_node" --max-restarts="${MAX_RESTARTS:-0}" --log-dir="$log_dir")
 if [ "$nnodes" = 1 ]; then
   flags+=(--standalone)
 else
   flags+=(--rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${RUN_ID:-ddp_cifar}")
 fi
-if [ "${MIN_NODES:-$nnodes}" != "$nnodes" ]; then
+if [ "$min_nodes" != "$nnodes" ]; then
   # torchrun's defaults are 30 s, and 15 s until a node counts as lost
   wait_s=5
   [ "${MODULE:-}" != ddp_cifar.preflight ] || wait_s=30
@@ -97,7 +100,7 @@ ranks_were_started() {
 trap 'forward_signal INT' INT
 trap 'forward_signal TERM' TERM HUP
 trap 'forward_signal USR1' USR1
-trap 'interrupted=1; kill -TERM "${agent:-${!:-$$}}" 2>/dev/null || true' QUIT
+trap 'interrupted=1; kill -TERM "${agent:-${!:-$$}}" 2>/dev/null || true' QUIT USR2
 
 # A separate process group (-m), so that Ctrl-C reaches torchrun only through this script. torchrun must ignore SIGUSR1,
 # which would terminate it and leave its ranks running.
@@ -115,7 +118,8 @@ wait_for "$agent" && status=0 || status=$?
 if [ -z "${LOG_DIR:-}" ]; then
   rm -rf "$log_dir"
 elif [ -n "${NODE_NAME:-}" ]; then
-  [ "$status" = 0 ] || ! died_without_error "$log_dir" || : >"$LOG_DIR/died-$NODE_NAME"
+  # after a signal, such as Slurm's when another node has failed, dead ranks are not this node's fault
+  [ "$status" = 0 ] || [ -n "${interrupted:-}" ] || ! died_without_error "$log_dir" || : >"$LOG_DIR/died-$NODE_NAME"
   : >"$LOG_DIR/exited-$NODE_NAME"
 fi
 exit "$status"

@@ -15,7 +15,7 @@ trap '' HUP PIPE TERM INT # this script must survive to shut the node down
 while kill -0 "$node" 2>/dev/null; do
   word=''
   if IFS= read -r -t 30 word; then
-    case $word in INT | TERM | USR1 | QUIT) kill -s "$word" "$node" 2>/dev/null || true ;; esac
+    case $word in INT | TERM | USR1 | USR2) kill -s "$word" "$node" 2>/dev/null || true ;; esac
     continue
   fi
   exec >/dev/null 2>&1 # the connection is lost, so nothing reads the output
@@ -24,7 +24,7 @@ while kill -0 "$node" 2>/dev/null; do
     kill -0 "$node" 2>/dev/null || exit 1
     sleep 0.5
   done
-  kill -QUIT "$node" 2>/dev/null || true
+  kill -USR2 "$node" 2>/dev/null || true
   sleep 10
   # torchrun may be blocked by the lost network; its ranks exit when it is killed
   pkill -KILL -P "$node" || true

@@ -131,7 +131,7 @@ trap '' PIPE
 trap 'signal_hosts INT' INT
 trap 'signal_hosts TERM' TERM HUP
 trap 'signal_hosts USR1' USR1
-trap 'signal_hosts QUIT' QUIT
+trap 'signal_hosts USR2' QUIT
 
 # start_hosts: run launch/node.sh on the hosts `active`, numbers into `hosts`, and wait until all have exited. Sets `status`, and
 # `failed` to the host that failed first.
@@ -164,7 +164,7 @@ start_hosts() {
         status=$exit_status failed=$i
         # The other hosts would wait for the failed one. In a preflight they must continue, because they report it.
         if [ "$module" != ddp_cifar.preflight ]; then
-          for channel in "${channels[@]}"; do echo QUIT >&"$channel" || true; done 2>/dev/null
+          for channel in "${channels[@]}"; do echo USR2 >&"$channel" || true; done 2>/dev/null
         fi
       fi
     done

@@ -74,6 +74,12 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+def _set_signals() -> None:
+    """SIGINT has an effect, which a script's background jobs ignore. SIGQUIT, which they ignore too, has none."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+
+
 def start(
     run_dir: Path, ranks: int, *arguments: str, script: str = "local.sh", **environment: str
 ) -> "subprocess.Popen[bytes]":
@@ -87,8 +93,7 @@ def start(
             cwd=CHECKOUT,
             env=environment_of(**settings | environment),
             stdin=subprocess.DEVNULL,
-            # a shell starts background jobs with SIGINT ignored, and all child processes would inherit that
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=_set_signals,
             stdout=terminal,
             stderr=terminal,
         )
