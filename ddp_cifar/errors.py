@@ -32,6 +32,24 @@ class CrashLoop(RunError):
     """Another start of the run would fail as the last ones did. The job must end, also if restarts are left."""
 
 
+DEVICE_FAILURES = (
+    "uncorrectable ecc error",
+    "uncorrectable nvlink error",
+    "hardware stack error",
+    "memory over nvlink or a hardware error",
+)
+"""Parts of messages of CUDA errors that broken hardware causes, in lower case (cudaErrorECCUncorrectable and so on).
+
+Source: `cudaGetErrorString` in NVIDIA's CUDA Runtime API, "Error handling".
+"""
+
+
+def is_device_failure(error: BaseException) -> bool:
+    """True if the hardware of a GPU has caused the error, so that the GPU must not be used again."""
+    message = str(error).lower()
+    return any(part in message for part in DEVICE_FAILURES)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the error's type if it has no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

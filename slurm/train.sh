@@ -104,6 +104,11 @@ requeue() {
     echo "error: $1, and the job was already requeued $requeues times (MAX_REQUEUES); $how" >&2
     exit 1
   fi
+  find_excluded
+  if [ "$available" -lt "$min_nodes" ]; then
+    echo "error: $1, and partition $SLURM_JOB_PARTITION has only $available other nodes (MIN_NODES=$min_nodes); $how" >&2
+    exit 1
+  fi
   echo "job $job: $1; requeuing the job"
   trap '' TERM # sent by scontrol requeue
   for try in 1 2 3; do
@@ -114,14 +119,21 @@ requeue() {
   exit 1
 }
 
+# find_excluded: set `excluded` to the nodes that a requeued job must not use, and `available` to the number of other nodes of the
+# partition. Slurm itself does not use a node that does not answer.
+find_excluded() {
+  local all
+  excluded=$(sed -n '/ does not answer$/!s/ .*//p' "$bad_nodes" 2>/dev/null | sort -u | paste -sd,) || true
+  available=${#job_nodes[@]}
+  [ -n "$excluded" ] && all=$(sinfo --noheader --partition="$SLURM_JOB_PARTITION" --Node --format=%N | sort -u) || return 0
+  available=$(grep -cvxF "${excluded//,/$'\n'}" <<<"$all") || true
+}
+
 # exclude_bad_nodes: let Slurm start the requeued job on other nodes, if the partition has enough. A job can be changed only while
 # it is pending: after `scontrol requeue`, while Slurm ends this script.
 exclude_bad_nodes() {
-  local excluded all before
-  excluded=$(sed -n '/ does not answer/!s/ .*//p' "$bad_nodes" 2>/dev/null | paste -sd,) # Slurm does not use nodes that are down
-  [ -n "$excluded" ] || return 0
-  all=$(sinfo --noheader --partition="$SLURM_JOB_PARTITION" --Node --format=%N | sort -u | grep -cvxF "${excluded//,/$'\n'}") || true
-  [ "$all" -ge "${#job_nodes[@]}" ] || return 0
+  local before
+  [ -n "$excluded" ] && [ "$available" -ge "${#job_nodes[@]}" ] || return 0
   echo "job $job: excluding $excluded"
   before=$(scontrol show job "$job" | sed -n 's/.*ExcNodeList=\([^ (]*\).*/\1/p')
   for _ in {1..50}; do
@@ -153,15 +165,22 @@ choose_nodes() {
   [ ${#usable[@]} -ge "$min_nodes" ] && use_nodes "${usable[@]:0:${#job_nodes[@]}-spare_nodes}"
 }
 
+deadly='was the node of two ranks that died'
 # find_bad_nodes: find out which nodes must not be used again, after a crash.
 find_bad_nodes() {
   local node
   for node in "${lost[@]}"; do note_bad "$node" "does not answer"; done
   for node in "${job_nodes[@]}"; do
     [ ! -e "$LOG_DIR/died-$node" ] || echo "$node" >>"$deaths"
-    [ "$(sed -n "/^$node\$/p" "$deaths" 2>/dev/null | wc -l)" -lt 2 ] || note_bad "$node" "was the node of two ranks that died"
+    [ "$(sed -n "/^$node\$/p" "$deaths" 2>/dev/null | wc -l)" -lt 2 ] || note_bad "$node" "$deadly"
   done
   list_usable
+  if [ ${#usable[@]} = 0 ] && grep -qs " $deadly\$" "$bad_nodes"; then
+    echo "job $job: ranks have died on all nodes, so the nodes are not the cause: they are used again"
+    sed -i "/ $deadly\$/d" "$bad_nodes"
+    rm -f "$deaths"
+    list_usable
+  fi
   check_nodes "${usable[@]}"
   for node in "${silent[@]}"; do note_bad "$node" "does not answer"; done
   for node in "${unfit[@]}"; do note_bad "$node" "is not ready: ${reasons[$node]}"; done
@@ -183,7 +202,11 @@ stop_by_hand() {
   [ -z "$step" ] || kill -s "$signal" "$step" 2>/dev/null || true
 }
 trap stop_by_hand INT HUP
-[ "$requeues" != 0 ] || rm -f "$bad_nodes" "$deaths"
+if [ "$requeues" = 0 ]; then
+  rm -f "$bad_nodes" "$deaths"
+elif [ -e "$bad_nodes" ]; then
+  sed -i '/ does not answer$/d' "$bad_nodes" # Slurm allocates only nodes that answer
+fi
 choose_nodes || requeue "only ${#usable[@]} of its nodes can be used"
 describe_job "$run_dir" "start $((requeues + 1)), $((max_requeues - requeues)) requeues left"
 
@@ -213,7 +236,7 @@ while [ -z "$asked$ended" ]; do
     *) break ;;
   esac
   find_bad_nodes
-  choose_nodes || break
+  choose_nodes || { state="crashed, and ${#usable[@]} of the job's ${#job_nodes[@]} nodes can be used" && break; }
   echo "job $job: the run crashed; starting again on $NNODES of its ${#job_nodes[@]} nodes ($(IFS=, && echo "${chosen[*]}"))"
 done
 rm -rf "$run_dir/logs/start-$job"
@@ -227,7 +250,7 @@ case $ended,$status,$state in
   ,*,"stopped: the file STOP"* | ,*,"stopped: train.deadline"*)
     end_job "the run $state; to resume, submit it again with run_dir=$run_dir"
     ;;
-  ,*,stopped*) requeue "the run $state" ;;
+  ,*,stopped* | ,*,crashed*) requeue "the run $state" ;;
   ,*,finished) end_job "the run $state" ;;
   ,*,"never started")
     # First start: a user error that the dry run could not find. Later: the lock of a lost node, or a node without the
@@ -239,5 +262,5 @@ case $ended,$status,$state in
     fi
     requeue "the run did not start"
     ;;
-  *) requeue "the run crashed (status: $state), and ${#usable[@]} of the job's ${#job_nodes[@]} nodes can be used" ;;
+  *) requeue "the run crashed (status: $state)" ;;
 esac

@@ -39,10 +39,10 @@ class Measured:
         self.run_dir = folder / "run"
         self.checkout = checkout
         self.launchers: list[subprocess.Popen[bytes]] = []
-        self.hang = folder / "hang"
+        self.fault = folder / "fault"
 
     def launch(self, *arguments: str, script: str = "local.sh", **environment: str) -> None:
-        variables = {"OMP_NUM_THREADS": "1", "MAX_RESTARTS": "9", "HANG_FILE": str(self.hang), **environment}
+        variables = {"OMP_NUM_THREADS": "1", "MAX_RESTARTS": "9", "FAULT_FILE": str(self.fault), **environment}
         variables = environment_of(**variables)
         variables["PYTHONPATH"] = f"{self.checkout}:{variables['PYTHONPATH']}"
         self.run_dir.mkdir(exist_ok=True)
@@ -95,9 +95,9 @@ def stop_rank(run: Measured) -> None:
 
 
 def hang_rank(run: Measured) -> None:
-    run.hang.touch()
+    run.fault.write_text("hang 1")
     time.sleep(1)
-    run.hang.unlink()
+    run.fault.unlink()
 
 
 def kill_node(run: Measured) -> None:

@@ -28,7 +28,7 @@ from typing import IO, Any, TypeGuard
 
 from ddp_cifar.config import by_looks, parse_yaml
 from ddp_cifar.distributed.environment import is_lost_peer
-from ddp_cifar.errors import CrashLoop, FaultyReplica, UserError, first_line
+from ddp_cifar.errors import CrashLoop, FaultyReplica, UserError, first_line, is_device_failure
 from ddp_cifar.log import log
 from ddp_cifar.text_files import parse_json, read_lines, read_text
 
@@ -213,6 +213,8 @@ class RunDir:
         except Exception as error:
             if isinstance(error, FaultyReplica):
                 self.note_bad_node("has a rank whose weights differ from the others'")
+            elif is_device_failure(error):
+                self.note_bad_node(f"has a GPU that failed: {first_line(error)}")
             if not is_lost_peer(error) and not self.read_status().startswith("failed"):
                 self.write_status(f"failed: {first_line(error)}")
             raise

@@ -29,6 +29,18 @@ def test_a_faulty_replica_names_its_node(tmp_path: Path, monkeypatch: pytest.Mon
     assert RunDir(str(tmp_path)).read_status() == "failed: the weights of rank 1 differ"
 
 
+def test_a_gpu_that_fails_names_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NODE_NAME", "node7")
+    for text in (
+        "CUDA error: device-side assert triggered",
+        "CUDA error: uncorrectable ECC error encountered\nCUDA kernel",
+    ):
+        with pytest.raises(RuntimeError), RunDir(str(tmp_path)).recording_failure():
+            raise RuntimeError(text)
+    found = "node7 has a GPU that failed: CUDA error: uncorrectable ECC error encountered\n"
+    assert (tmp_path / "bad_nodes").read_text() == found
+
+
 def start_and_end(run_dir: RunDir, step: int, reached: int, status: str) -> None:
     """A start from the checkpoint at `step` that ends with `status` after `reached` steps."""
     run_dir.check_crash_loop(step, run_dir.reached)

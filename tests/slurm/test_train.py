@@ -84,11 +84,6 @@ class Job:
     def wait_under_way(self) -> None:
         self.cluster.wait_until(self.is_under_way, 90, self.id)
 
-    def moves(self) -> bool:
-        """True if this start has completed a step."""
-        heartbeat = json.loads((self.run_dir / "heartbeats" / "rank_0").read_text())
-        return bool(heartbeat["step"] > self.starts()[-1])
-
     def wait_requeued(self, timeout: float = 90) -> None:
         self.cluster.wait_until(lambda: self.cluster.restarts(self.id) > 0, timeout, self.id)
 
@@ -223,20 +218,71 @@ def test_a_spare_node_replaces_a_lost_one(
 
 
 def test_a_node_on_which_ranks_die_twice_is_not_used_again(
-    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result]
+    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fault = tmp_path / "fault"
+    monkeypatch.setenv("FAULT_FILE", str(fault))
     job = Job(cluster, tmp_path, "--nodes=2", arguments=(*SHORT, *REPRODUCIBLE))
-    for number in (1, 2):
-        cluster.wait_until(lambda number=number: len(job.starts()) == number and job.moves(), 90, job.id)
-        heartbeat = json.loads((job.run_dir / "heartbeats" / "rank_1").read_text())
-        assert heartbeat["host"] == "node2"
-        cluster.on("node2", "kill", "-9", str(heartbeat["pid"]))
+    job.wait_under_way()
+    fault.write_text("kill node2")
     assert job.finish() == uninterrupted(*SHORT, *REPRODUCIBLE)
     assert cluster.restarts(job.id) == 0
     assert steps_lost(job) == 0
     assert "the run crashed; starting again on 2 of its 2 nodes (node1,node2)" in job.log
     assert "node2 is not used again: it was the node of two ranks that died" in job.log
     assert "the run crashed; starting again on 1 of its 2 nodes (node1)" in job.log
+
+
+def test_a_bad_node_is_excluded_if_the_job_is_requeued(
+    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MIN_NODES=2: the job needs two nodes, so that it has to be requeued."""
+    expected = uninterrupted(*SHORT)
+    monkeypatch.setenv("MIN_NODES", "2")
+    fault = tmp_path / "fault"
+    monkeypatch.setenv("FAULT_FILE", str(fault))
+    job = Job(cluster, tmp_path, *TWO_NODES)
+    job.wait_under_way()
+    fault.write_text("kill node2")
+    assert job.finish() == expected
+    assert cluster.restarts(job.id) == 1
+    assert len(job.starts()) == 3
+    assert "node2 is not used again: it was the node of two ranks that died" in job.log
+    assert "the run crashed, and 1 of the job's 2 nodes can be used; requeuing the job" in job.log
+    assert f"job {job.id}: excluding node2" in job.log
+    assert "(node[1,3])" in job.log
+    assert (job.run_dir / "bad_nodes").read_text() == "node2 was the node of two ranks that died\n"
+
+
+def test_the_node_of_a_replica_that_diverges_is_not_used_again(
+    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state of that moment is not saved: the run continues from its last checkpoint."""
+    fault = tmp_path / "fault"
+    monkeypatch.setenv("FAULT_FILE", str(fault))
+    arguments = (*SHORT, *REPRODUCIBLE, "train.fingerprint_every=2")
+    job = Job(cluster, tmp_path, "--nodes=3", arguments=arguments)
+    job.wait_under_way()
+    fault.write_text("diverge node3")
+    assert job.finish() == uninterrupted(*arguments)
+    assert cluster.restarts(job.id) == 0
+    assert "node3 has a rank whose weights differ from the others'" in (job.run_dir / "bad_nodes").read_text()
+    assert "the run crashed; starting again on 2 of its 3 nodes (node1,node2)" in job.log
+
+
+def test_a_crash_loop_ends_the_job(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If ranks die on all nodes of the job, that is not the nodes' fault, and they are used again."""
+    fault = tmp_path / "fault"
+    monkeypatch.setenv("FAULT_FILE", str(fault))
+    job = Job(cluster, tmp_path, "--nodes=1")
+    job.wait_under_way()
+    fault.write_text("kill 0")
+    job.wait_for("FAILED")
+    assert cluster.restarts(job.id) == 0
+    assert re.search(
+        r"error: not starting again: 3 starts crashed at step \d+, without a new step", job.log.splitlines()[-1]
+    )
+    assert "ranks have died on all nodes, so the nodes are not the cause: they are used again" in job.log
 
 
 def test_a_job_is_saved_and_requeued_after_a_signal_to_its_ranks(
