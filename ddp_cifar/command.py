@@ -66,12 +66,13 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
     except Exception as error:
         status = EXIT_FAILED
         if is_lost_peer(error):
-            log.error(f"a peer rank exited; shutting down ({first_line(error)})")
+            log.error(f"a peer rank exited; shutting down ({first_line(error)})", extra={"is_cause": False})
             record_lost_peer()
         else:
             details = "".join(traceback.format_exception(error)).rstrip()
-            log.error(details)
-            record_error(f"{type(error).__name__}: {error}", status, details)
+            summary = f"{type(error).__name__}: {error}"
+            log.error(details, extra={"summary": summary})
+            record_error(summary, status, details)
     _flush()
     # skip the interpreter's shutdown: it could wait for lost peers, and a signal could still change the exit status
     os._exit(status)
@@ -83,7 +84,7 @@ def leave(message: str, *, is_cause: bool = True) -> NoReturn:
     `is_cause`: false if another rank failed first, so that torchrun's report does not name this one.
     """
     try:
-        log.error(message)
+        log.error(message, extra={"is_cause": is_cause})
         if is_cause:
             record_error(message, EXIT_FAILED)
         else:

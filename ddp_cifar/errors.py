@@ -28,6 +28,10 @@ class FaultyReplica(RunError):
     """The same, on a rank whose weights differ from those of most ranks. Its node must not be used again."""
 
 
+class LostRank(RunError):
+    """Another rank was killed, and this one knows why. The state of the run is not the cause."""
+
+
 class CrashLoop(RunError):
     """Another start of the run would fail as the last ones did. The job must end, also if restarts are left."""
 

@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
         last_beat = read_sign(run_dir.heartbeats, rank=0)
         timeouts = config.train.hang_timeout_s, config.train.silent_timeout_s
         heartbeat = stack.enter_context(Heartbeat(run_dir.heartbeats, run_dir.logs, world, *timeouts))
+        log.addHandler(heartbeat.events)
         set_up_kernels(config.train, world)
 
         checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint.keep)

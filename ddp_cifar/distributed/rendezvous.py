@@ -66,7 +66,7 @@ def open_world(
             f"rank {rank} on {socket.gethostname()} could not join the {world_size} ranks at {host}:{port} over {backend} "
             f"({first_line(error)}): start all ranks with torchrun, and check that this host can reach that address"
         ) from error
-    control_group = open_group("gloo", timeout)
+    control_group = open_group("gloo", timeout, "control")
     succeeded = False
     try:
         yield World(rank, local_rank, world_size, local_world_size, rank_device, backend, control_group)

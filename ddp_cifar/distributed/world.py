@@ -45,10 +45,10 @@ def stdout_without_gloo() -> Iterator[None]:
         os.close(stdout)
 
 
-def open_group(backend: str, timeout: timedelta) -> dist.ProcessGroup:
-    """Open another group of all ranks. Every rank must call it."""
+def open_group(backend: str, timeout: timedelta, name: str) -> dist.ProcessGroup:
+    """Open another group of all ranks. Every rank must call it. Messages about hangs contain the name."""
     with stdout_without_gloo():
-        return cast(dist.ProcessGroup, dist.new_group(backend=backend, timeout=timeout))
+        return cast(dist.ProcessGroup, dist.new_group(backend=backend, timeout=timeout, group_desc=name))
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,11 @@ class World:
         dist.all_gather_object(values, value, group=self.control_group)
         return values
 
-    def new_group(self, timeout: timedelta = COLLECTIVE_TIMEOUT, backend: str | None = None) -> dist.ProcessGroup:
+    def new_group(
+        self, name: str, timeout: timedelta = COLLECTIVE_TIMEOUT, backend: str | None = None
+    ) -> dist.ProcessGroup:
         """Open another group of all ranks, for collectives in an independent order. Every rank must call it."""
-        return open_group(backend or self.backend, timeout)
+        return open_group(backend or self.backend, timeout, name)
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0 and return its result on every rank. An exception is raised on every rank.
@@ -154,7 +156,7 @@ class World:
             return function()
         outcome = _attempt(function) if self.local_rank == 0 else [None, None]
         outcomes: list[Any] = [None] * self.world_size
-        group = self.new_group(NODE_TIMEOUT, "gloo")
+        group = self.new_group("nodes", NODE_TIMEOUT, "gloo")
         dist.all_gather_object(outcomes, outcome, group=group)
         dist.destroy_process_group(group)
         for _, failure in outcomes:

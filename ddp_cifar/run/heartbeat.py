@@ -12,8 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ddp_cifar.command import leave
+from ddp_cifar.distributed.collectives import find_wait
 from ddp_cifar.distributed.world import World
-from ddp_cifar.run.processes import kill_sibling
+from ddp_cifar.run.events import WAITING, EventLog, read_events
+from ddp_cifar.run.memory import oom_kills, peak_host_memory
+from ddp_cifar.run.processes import dump_native_stacks, kill_sibling
 from ddp_cifar.text_files import parse_json, read_text
 
 INTERVALS = 12
@@ -37,31 +40,37 @@ class Sign:
     """Steps completed in the run."""
     time: float
     """Unix time of the last write."""
+    peak_memory: int = 0
+    """Peak memory of the process on the host, in bytes."""
+    oom_kills: int = 0
+    """Processes of the control group that the kernel has killed for lack of memory, at the time of the last write."""
 
 
 class Heartbeat:
     """Writes this rank's file from a thread, and detects lost ranks until the end of training, and hangs in training.
 
-    If one rank hangs, all others wait for it in a collective. So a rank that makes no progress reads all files twice. A rank
-    whose `ticks` have not changed from the beginning to the end of `silent_timeout_s` is lost. Otherwise, if the `beats` of
-    no rank grow for `timeout_s`, the run hangs.
+    If one rank hangs, all others wait for it in a collective. So a rank that makes no progress reads all files, four times in
+    `silent_timeout_s`. A rank whose `ticks` are the same in four readings is lost. Otherwise, if the `beats` of no rank grow for
+    `timeout_s`, the run hangs.
     """
 
     def __init__(self, folder: Path, logs: Path, world: World, timeout_s: float, silent_timeout_s: float) -> None:
         self.folder = folder
         self.stacks = logs / f"rank_{world.rank}.stacks"
+        self.events = EventLog(logs, world.rank)
         self.world = world
         self.timeout_s = timeout_s
         self.silent_timeout_s = min(silent_timeout_s, 0.8 * timeout_s)
         # the next start reads rank 0's file to find the last step of this one
         self.interval_s = min(1.0 if world.is_main else LONGEST_INTERVAL_S, self.silent_timeout_s / INTERVALS)
         self.beats = 0
-        self.step = 0
         self.ticks = 0
         self._hangs = False
         """True while a rank that makes no progress means that the run hangs."""
         self._ended = False
         """True after training, when ranks exit at different times."""
+        self._recorded = 0.0
+        """The Unix time at which this rank has recorded what it waits for."""
         self._before_leaving: Callable[[], None] = lambda: None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -79,7 +88,7 @@ class Heartbeat:
     def beat(self, step: int) -> None:
         """Count a step or evaluation batch of the main thread; `step` is the number of steps that the run has completed."""
         self.beats += 1
-        self.step = step
+        self.events.note_step(step)
 
     @contextlib.contextmanager
     def watching(self, before_leaving: Callable[[], None]) -> Iterator[None]:
@@ -98,7 +107,9 @@ class Heartbeat:
 
     def _run(self) -> None:
         last_beats, since, last = -1, 0.0, time.monotonic()
-        first: dict[int, Sign] = {}
+        readings: list[dict[int, Sign]] = []
+        next_reading = 0.2
+        """In multiples of `silent_timeout_s`."""
         before: dict[int, Sign] = {}
         dumped = False
         while not self._closed.wait(min(1.0, self.interval_s)):
@@ -107,13 +118,14 @@ class Heartbeat:
             if now - self._written >= self.interval_s:
                 self._write()
             if self._ended or self.beats != last_beats or was_stopped:
-                last_beats, since, first, before, dumped = self.beats, now, {}, {}, False
+                last_beats, since, readings, next_reading, before, dumped = self.beats, now, [], 0.2, {}, False
                 continue
             silent, quiet = (now - since) / self.silent_timeout_s, (now - since) / self.timeout_s
-            if silent > 0.2 and not first:
-                first = self._read()
-            elif silent > 0.95:
-                self._check_lost(first, self._read())
+            if silent > next_reading:  # again and again, as a rank may be lost at any time
+                next_reading += 0.25
+                readings = [*readings[-3:], self._read()]
+                if len(readings) == 4:
+                    self._check_lost(readings[0], readings[-1])
             if not self._hangs:
                 before = {}
             elif quiet > 0.45 and not before:
@@ -122,10 +134,10 @@ class Heartbeat:
                 after = self._read()
                 if any(after[rank].beats != sign.beats for rank, sign in before.items() if rank in after):
                     # a rank makes progress: a long step, or rank 0 waits for its disk
-                    since, first, before = now, {}, {}
+                    since, readings, next_reading, before = now, [], 0.2, {}
                     continue
                 dumped = True
-                self._dump_stacks()  # before any rank exits: the first exit shuts down the others
+                self._record_wait()  # before any rank exits: the first exit shuts down the others
             elif quiet > 0.9:
                 self._before_leaving()
                 leave(self._describe(before, self._read()))
@@ -135,7 +147,7 @@ class Heartbeat:
         silent = [rank for rank in range(self.world.world_size) if _ticks(after, rank) == _ticks(before, rank)]
         if not silent or self.world.rank in silent:  # this rank's own file does not change: the disk does not work
             return
-        self._dump_stacks()
+        self._record_wait()
         self._before_leaving()
         for rank in silent:
             if rank in after and after[rank].host == socket.gethostname():
@@ -152,20 +164,36 @@ class Heartbeat:
         if _ticks(after, self.world.rank) == _ticks(before, self.world.rank):
             reason = f"the files in {self.folder} do not change, check that disk"
         elif len(behind) == len(after):
-            reason = f"all ranks are alive and waiting after step {self.step}"
+            reason = f"all ranks are alive and waiting after step {self.events.step}"
         else:
             names = ", ".join(_name(sign.rank, sign) for sign in behind)
             reason = f"all ranks are alive, but {names} {'is' if len(behind) == 1 else 'are'} behind the others"
+        reason += "".join(f"; {text}" for text in self._read_waits())
         return (
             f"no rank has made progress for {0.9 * self.timeout_s:.0f} s (train.hang_timeout_s={self.timeout_s:g}): {reason}; "
             f"see the Python stacks of each live rank in {self.stacks.parent}/rank_*.stacks"
         )
 
-    def _dump_stacks(self) -> None:
+    def _record_wait(self) -> None:
+        """Record what this rank does: an event, and the stacks of all threads."""
+        self._recorded = self.events.add(WAITING).time
         with contextlib.suppress(OSError), open(self.stacks, "w") as file:
-            file.write(f"rank {self.world.rank} at {time.ctime()}, after step {self.step}\n")
+            file.write(f"rank {self.world.rank} at {time.ctime()}, after step {self.events.step}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
+            dump_native_stacks(file, timeout_s=0.1 * self.timeout_s)
+
+    def _read_waits(self) -> list[str]:
+        """Say what ranks wait for, from what they have recorded, and where the main threads of the ranks to blame are."""
+        events = read_events(self.stacks.parent)
+        last = {
+            event.rank: event
+            for event in events
+            if event.kind == WAITING and event.time > self._recorded - self.timeout_s
+        }
+        wait = find_wait({rank: event.collectives for rank, event in last.items()})
+        places = [f"rank {rank} is in {last[rank].place}" for rank in wait.ranks[:3] if last[rank].place]
+        return [text for text in (wait.text, *places) if text]
 
     # -- the files
 
@@ -173,7 +201,8 @@ class Heartbeat:
         self.ticks += 1
         self._written = time.monotonic()
         process = (self.world.rank, socket.gethostname(), os.getpid())
-        sign = Sign(*process, self.ticks, self.beats, self.step, time.time())
+        memory = peak_host_memory(), oom_kills()
+        sign = Sign(*process, self.ticks, self.beats, self.events.step, time.time(), *memory)
         with contextlib.suppress(OSError):
             path = self.folder / f"rank_{self.world.rank}"
             temporary = self.folder / f".rank_{self.world.rank}"

@@ -1,9 +1,12 @@
-"""Processes of this machine: whether another rank that the same torchrun started is dead."""
+"""Processes of this machine: other ranks that the same torchrun started, and the stacks of this one."""
 
 import contextlib
 import os
+import shutil
 import signal
+import subprocess
 from pathlib import Path
+from typing import IO
 
 
 def is_dead(pid: int) -> bool:
@@ -23,6 +26,14 @@ def kill_sibling(pid: int) -> None:
     if _state_and_parent(pid)[1] == os.getppid():
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
+
+
+def dump_native_stacks(file: IO[str], timeout_s: float) -> None:
+    """Write the stacks of this process to the file, with the frames of C++ code, if py-spy is installed and may do that."""
+    if program := shutil.which("py-spy"):
+        command = [program, "dump", "--native", "--pid", str(os.getpid())]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=timeout_s, check=False)
 
 
 def _state_and_parent(pid: int) -> tuple[str, int]:

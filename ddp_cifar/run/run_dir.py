@@ -28,8 +28,9 @@ from typing import IO, Any, TypeGuard
 
 from ddp_cifar.config import by_looks, parse_yaml
 from ddp_cifar.distributed.environment import is_lost_peer
-from ddp_cifar.errors import CrashLoop, FaultyReplica, UserError, first_line, is_device_failure
+from ddp_cifar.errors import CrashLoop, FaultyReplica, LostRank, UserError, first_line, is_device_failure
 from ddp_cifar.log import log
+from ddp_cifar.run.memory import lack_of_memory
 from ddp_cifar.text_files import parse_json, read_lines, read_text
 
 CLAIM_TIMEOUT_S = 5.0
@@ -207,10 +208,13 @@ class RunDir:
         """Set the status to `failed: REASON` if the body raises. Used on every rank; the first reason is kept.
 
         An error for which `is_lost_peer` is true sets no status: the lost rank sets its own, or was killed (still `running`).
+        Raises `LostRank` instead if the kernel has killed a rank of this node for lack of memory.
         """
         try:
             yield
         except Exception as error:
+            if is_lost_peer(error) and (reason := lack_of_memory()):
+                raise LostRank(reason) from error
             if isinstance(error, FaultyReplica):
                 self.note_bad_node("has a rank whose weights differ from the others'")
             elif is_device_failure(error):

@@ -19,6 +19,7 @@ from typing import Any
 from ddp_cifar import LAUNCHER
 from ddp_cifar.command import leave
 from ddp_cifar.log import log
+from ddp_cifar.run.memory import lack_of_memory
 from ddp_cifar.run.processes import is_dead
 
 REASONS = ("", "SIGTERM", "SIGINT", "SIGUSR1", "the file STOP", "train.deadline", "train.max_hours", "SIGHUP")
@@ -129,7 +130,8 @@ class Requests:
                 self._before_leaving()
                 time.sleep(END_OF_RUN_S)
                 if self._siblings:
-                    leave("a peer rank exited; shutting down", is_cause=False)
+                    reason = lack_of_memory()
+                    leave(reason or "a peer rank exited; shutting down", is_cause=bool(reason))
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER:
                 self._before_leaving()
                 leave(

@@ -2,8 +2,6 @@
 
 import contextlib
 import math
-import platform
-import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from ddp_cifar.data.loader import StepBatch, TrainLoader
 from ddp_cifar.distributed.world import World
+from ddp_cifar.run.memory import peak_host_memory
 from ddp_cifar.tracking.base import Scalars
 from ddp_cifar.training.progress import Failed, Progress
 from ddp_cifar.training.totals import ImageCounter, Totals, sample_hashes
@@ -84,8 +83,7 @@ def peak_memory(device: torch.device) -> int:
     """Return the peak memory of this process in bytes: device memory on CUDA, otherwise host memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_host_memory()
 
 
 class Work(NamedTuple):

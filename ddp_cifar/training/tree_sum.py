@@ -73,8 +73,8 @@ class TreeReduction:
         # and their order differs between ranks
         self.groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
         if world.world_size > 1:
-            group = world.new_group()
-            self.groups = group, group if world.backend == "nccl" else world.new_group()
+            group = world.new_group("parts of gradients")
+            self.groups = group, group if world.backend == "nccl" else world.new_group("sums of gradients")
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="tree sum")
         self.error: Exception | None = None
         if world.backend == "nccl":

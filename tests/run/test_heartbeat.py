@@ -1,6 +1,7 @@
 """A run that hangs exits, and names the ranks without a heartbeat."""
 
 import dataclasses
+import json
 import re
 import threading
 import time
@@ -52,6 +53,24 @@ def test_a_lost_rank_is_named_and_a_disk_that_does_not_work_is_no_lost_rank(
         check_lost({0: SIGNS[0], 1: SIGNS[1]}, {0: alive[0], 1: alive[1]})
     check_lost(SIGNS, alive)
     check_lost(SIGNS, SIGNS)
+
+
+def test_a_rank_that_is_lost_some_time_after_the_last_progress_is_found(
+    alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the start of a run, in which ranks wait for rank 0. Its files still change when the first reading is made."""
+    left: list[str] = []
+    monkeypatch.setattr(heartbeat_module, "leave", left.append)
+    world = World(0, 0, 2, 2, alone.device, "gloo", alone.control_group)
+    started = time.monotonic()
+    with Heartbeat(tmp_path, tmp_path, world, timeout_s=60, silent_timeout_s=2):
+        while time.monotonic() - started < 2.5:
+            sign = Sign(1, "another host", 101, ticks=round(100 * time.monotonic()), beats=0, step=0, time=0.0)
+            (tmp_path / "rank_1").write_text(json.dumps(dataclasses.asdict(sign)))
+            time.sleep(0.02)
+        assert not left
+        time.sleep(2.5)
+    assert left[0].startswith("no heartbeat from rank 1 (another host, pid 101, at step 0) for 2 s")
 
 
 def test_the_process_exits_within_the_timeout_of_a_hang_and_not_because_of_a_slow_peer(

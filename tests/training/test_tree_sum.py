@@ -104,7 +104,7 @@ def test_gradients_are_summed_in_the_tree_for_any_buckets(ranks: RankPool, world
 def test_with_nccl_the_sum_runs_on_a_separate_stream() -> None:
     with open_world("cuda") as world:
         reduction = TreeReduction(world, DistributedDataParallel(nn.Linear(3, 3).to(world.device)))
-        group = world.new_group()
+        group = world.new_group("test")
         reduction.groups = (group, group)
         reduction.begin_step([range(3)])
         values = torch.randn(1001, device=world.device)
