@@ -19,6 +19,7 @@ COMMANDS = {
     "export": "export a trained network for other programs",
     "compare": "compare runs in a table or a plot",
     "sweep": "list the runs of a sweep with their states",
+    "diagnose": "say what happened to a run, and what to do",
     "checkpoints": "list and verify the checkpoints of a run",
     "preflight": "check machines before a run",
     "benchmark": "measure the training speed of a recipe",

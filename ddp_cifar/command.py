@@ -78,13 +78,14 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
     os._exit(status)
 
 
-def leave(message: str, *, is_cause: bool = True) -> NoReturn:
+def leave(message: str, *, is_cause: bool = True, ranks: Sequence[int] = ()) -> NoReturn:
     """Exit immediately with a one-line error, from any thread, whatever the other threads do.
 
-    `is_cause`: false if another rank failed first, so that torchrun's report does not name this one.
+    `is_cause`: false if another rank failed first, so that torchrun's report does not name this one. `ranks`: those that are
+    the cause, if that is not this one.
     """
     try:
-        log.error(message, extra={"is_cause": is_cause})
+        log.error(message, extra={"is_cause": is_cause, "ranks": ranks})
         if is_cause:
             record_error(message, EXIT_FAILED)
         else:
@@ -146,6 +147,13 @@ def record_lost_peer() -> None:
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         with contextlib.suppress(OSError):
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name("lost_peer").touch()
+
+
+def record_run_dir(path: Path) -> None:
+    """Note the folder of the run next to torchrun's error file. If the run fails, launch/*.sh print what has happened to it."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        with contextlib.suppress(OSError):
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name("run_dir").write_text(f"{path.absolute()}\n")
 
 
 def record_error(message: str, status: int, details: str = "", *, is_final: bool = False) -> None:

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ddp_cifar.command import EXIT_SAVE_FAILED, Arguments, check_counts, final_status, record_error, run_command
+from ddp_cifar.command import (
+    EXIT_SAVE_FAILED,
+    Arguments,
+    check_counts,
+    final_status,
+    record_error,
+    record_run_dir,
+    run_command,
+)
 from ddp_cifar.config import TrainConfig, load_config, to_yaml
 from ddp_cifar.distributed.environment import check_started_by_torchrun, rank_and_world_size
 from ddp_cifar.errors import UserError
@@ -19,7 +27,7 @@ from ddp_cifar.log import log, log_to_file, show
 from ddp_cifar.run.run_dir import RunDir, Start
 
 if TYPE_CHECKING:
-    from ddp_cifar.run.heartbeat import Sign
+    from ddp_cifar.run.signs import Sign
     from ddp_cifar.tracking.base import Tracker
     from ddp_cifar.training.trainer import Trainer
 
@@ -40,8 +48,9 @@ def main(argv: Sequence[str]) -> int:
     from ddp_cifar.distributed.rendezvous import open_world
     from ddp_cifar.run.checkpoint_store import Checkpoints
     from ddp_cifar.run.environment import device_name
-    from ddp_cifar.run.heartbeat import Heartbeat, read_sign
+    from ddp_cifar.run.heartbeat import Heartbeat
     from ddp_cifar.run.resume import check_same_run, find_checkpoint
+    from ddp_cifar.run.signs import read_sign
     from ddp_cifar.run.stopping import Requests
     from ddp_cifar.tracking.base import NullTracker
     from ddp_cifar.training.build import build_trainer, initial_weights, set_up_kernels
@@ -63,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
         timeouts = config.train.hang_timeout_s, config.train.silent_timeout_s
         heartbeat = stack.enter_context(Heartbeat(run_dir.heartbeats, run_dir.logs, world, *timeouts))
         log.addHandler(heartbeat.events)
+        record_run_dir(run_dir.path)
         set_up_kernels(config.train, world)
 
         checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint.keep)

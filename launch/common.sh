@@ -19,12 +19,17 @@ wait_for() {
 # repeat_error DIR: print the error of the rank that failed first, read from torchrun's log folder DIR. Sets `status` to
 # that rank's exit status, because torchrun itself exits with 1 for every failure.
 repeat_error() {
-  local first
+  local first run_dir reason=''
   first=$(find "$1" -name error.final -print -quit 2>/dev/null)
   if [ -n "$first" ]; then
     first=${first%.final}.txt
   else
     first=$(find "$1" -name error.txt -printf '%T@ %p\n' 2>/dev/null | sort -n | sed -n 1p | cut -d ' ' -f 2-)
+  fi
+  run_dir=$(find "$1" -name run_dir -print -quit 2>/dev/null)
+  # a user error (2) says everything itself, and a node of several leaves this to the script that has started it
+  if [ -n "$run_dir" ] && [ -z "${interrupted:-}${is_part:-}" ] && [ "$(cat "${first%.txt}.status" 2>/dev/null)" != 2 ]; then
+    python -m ddp_cifar.diagnose "$(cat "$run_dir")" 2>/dev/null | sed -n '2,6p' >&2 || true
   fi
   # After a signal, errors with status 1 only echo the signal. User errors (2) and failed saves (3) are still reported.
   if [ -n "$first" ] && { [ -z "${interrupted:-}" ] || [ "$(cat "${first%.txt}.status")" != 1 ]; }; then
@@ -34,8 +39,16 @@ repeat_error() {
   elif [ -n "${interrupted:-}" ]; then
     echo "error: interrupted" >&2
   else
-    echo "error: a process exited without an error message (killed, or failed to start); see torchrun's report above" >&2
+    reason=$(first_line_of_error "$1/agent.json")
+    [ -n "$reason" ] || reason="a process exited without an error message (killed, or failed to start); see torchrun's report above"
+    echo "error: $reason" >&2
   fi
+}
+
+# first_line_of_error FILE: print the first line of an error that torch has recorded in the file, if it exists.
+first_line_of_error() {
+  [ ! -e "$1" ] || python -c 'import json, sys
+print("torchrun:", json.load(open(sys.argv[1]))["message"]["message"].splitlines()[0])' "$1" 2>/dev/null || true
 }
 
 # died_without_error DIR: true if a rank of the last start in torchrun's log folder DIR was killed: it left neither an error, nor

@@ -57,6 +57,7 @@ shutdown_timeout=60
 [ "${MODULE:-}" != ddp_cifar.preflight ] || shutdown_timeout=15 # a preflight has nothing to save
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-$shutdown_timeout}
 
+[ -z "${LOG_DIR:-}" ] || is_part=1
 log_dir=$(mktemp -d "${LOG_DIR:-${TMPDIR:-/tmp}}/launch-XXXXXX") # used by this start only
 flags=(--nnodes="$min_nodes:$nnodes" --nproc-per-node="$nproc_per_node" --max-restarts="${MAX_RESTARTS:-0}" --log-dir="$log_dir")
 if [ "$nnodes" = 1 ]; then
@@ -102,16 +103,38 @@ trap 'forward_signal TERM' TERM HUP
 trap 'forward_signal USR1' USR1
 trap 'interrupted=1; kill -TERM "${agent:-${!:-$$}}" 2>/dev/null || true' QUIT USR2
 
+# wait_for_ranks: wait until no rank is left, as they may save. Kills those that are stopped, and all after 30 s: torchrun
+# leaves them behind if it is killed, or gets a signal while it waits for them.
+wait_for_ranks() {
+  local try pid pids state left
+  for ((try = 1; try <= 60; try++)); do
+    left=''
+    mapfile -t pids < <(grep -lzs "^TORCHELASTIC_ERROR_FILE=$log_dir/.*/error.json" /proc/[0-9]*/environ | cut -d / -f 3)
+    for pid in "${pids[@]}"; do
+      state=$(sed 's/.*) //; s/ .*//' "/proc/$pid/stat" 2>/dev/null || true)
+      case $state in
+        '' | Z | X) continue ;;
+        T | t) kill -KILL "$pid" 2>/dev/null || true ;;
+        *) [ "$try" != 60 ] || kill -KILL "$pid" 2>/dev/null || true ;;
+      esac
+      left=1
+    done
+    [ -n "$left" ] || return 0
+    sleep 0.5
+  done
+}
+
 # A separate process group (-m), so that Ctrl-C reaches torchrun only through this script. torchrun must ignore SIGUSR1,
 # which would terminate it and leave its ranks running.
 set -m
 (
   trap '' USR1
-  exec torchrun "${flags[@]}" -m "${MODULE:-ddp_cifar.train}" "$@"
+  TORCHELASTIC_ERROR_FILE=$log_dir/agent.json exec torchrun "${flags[@]}" -m "${MODULE:-ddp_cifar.train}" "$@"
 ) &
 agent=$!
 set +m
 wait_for "$agent" && status=0 || status=$?
+[ "$status" = 0 ] || wait_for_ranks
 
 # ranks that end a job for good exit with 0, so that torchrun does not restart them
 [ "$status" = 0 ] && [ -z "$(find "$log_dir" -name error.final -print -quit)" ] || repeat_error "$log_dir"

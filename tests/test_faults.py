@@ -211,6 +211,14 @@ def test_ranks_exit_if_their_torchrun_is_killed(run: Run, uninterrupted: Result)
 
 
 @pytest.mark.slow
+def test_a_stopped_rank_is_not_left_behind_if_its_torchrun_is_killed(run: Run) -> None:
+    run.start()
+    send([run.ranks()[1]], signal.SIGSTOP)
+    send(processes(run.path)["agents"], signal.SIGKILL)
+    assert run.end() != 0
+
+
+@pytest.mark.slow
 def test_a_killed_node_is_started_again_and_the_run_continues(run: Run, tmp_path: Path) -> None:
     """As a scheduler would do it: all processes of the node that does not host the rendezvous are killed and restarted."""
     arguments = ("train.epochs=6",)

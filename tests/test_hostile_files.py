@@ -31,9 +31,9 @@ from ddp_cifar.inference import load_trained
 from ddp_cifar.log import printable
 from ddp_cifar.registry import BUILT_IN
 from ddp_cifar.run.checkpoint_file import digest, load_checkpoint
-from ddp_cifar.run.heartbeat import read_sign
 from ddp_cifar.run.resume import load_init
 from ddp_cifar.run.run_dir import RunDir
+from ddp_cifar.run.signs import read_sign
 from ddp_cifar.sweep import expand
 from ddp_cifar.tracking.jsonl import drop_later_rows
 

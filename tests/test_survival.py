@@ -494,13 +494,24 @@ def test_survivors_that_differ_save_nothing(tmp_path: Path, caplog: Any, monkeyp
     checkpoints = Checkpoints(tmp_path, keep=9)
     other = NullCheckpoints(checkpoints)
     state = state_of()
-    checkpoints.save_as_survivor(state, 3)
+    checkpoints.save_as_survivor(state, 3, 0)
     written = checkpoints.paths()[0].stat().st_mtime_ns
-    other.save_as_survivor(state | {"rows": []}, 3)
+    other.save_as_survivor(state | {"rows": []}, 3, 0)
     assert checkpoints.paths()[0].stat().st_mtime_ns == written
-    other.save_as_survivor(state, 4)
+    other.save_as_survivor(state, 4, 0)
     assert [path.name for path in checkpoints.paths()] == ["step_00000004.pt", "step_00000003.pt"]
-    other.save_as_survivor(state_of(2.0), 4)
-    checkpoints.save_as_survivor(state, 4)
+    other.save_as_survivor(state_of(2.0), 4, 0)
+    checkpoints.save_as_survivor(state, 4, 0)
     assert [path.name for path in checkpoints.paths()] == ["step_00000003.pt"]
     assert "step_00000004.pt was removed: the ranks that are left have different states" in caplog.text
+
+
+@pytest.mark.parametrize("later_first", [True, False])
+def test_of_survivors_before_and_after_the_end_of_an_epoch_the_later_counts(tmp_path: Path, later_first: bool) -> None:
+    """Both are states after the same step."""
+    checkpoints = Checkpoints(tmp_path, keep=9)
+    states = [(state_of(1.0), 0), (state_of(2.0), 1)]
+    for state, epoch in reversed(states) if later_first else states:
+        checkpoints.save_as_survivor(state, 4, epoch)
+    (path,) = checkpoints.paths()
+    assert digest(load_checkpoint(path)) == digest(state_of(2.0))

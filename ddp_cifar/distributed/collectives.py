@@ -41,30 +41,32 @@ class Collective:
     sizes: Sequence[Sequence[int]]
     """The shapes of the rank's input tensors."""
     purpose: str
-    """What it is for, or where it was called."""
+    """What it is for, or where it was called; "" if it is not known."""
     step: int
     """The step in which it was called, from 1; 0 if it is not known."""
     ended: bool
     """False while the rank waits for it."""
 
     @property
-    def kind(self) -> tuple[str, object, str]:
+    def kind(self) -> tuple[str, object]:
         """What is equal on all ranks. With `train.reproducible`, ranks with more micro-batches send larger tensors."""
-        return self.name, [] if self.purpose == "gradients" else self.sizes, self.purpose
+        return self.name, [] if "gradients" in self.group else self.sizes
 
     def __str__(self) -> str:
         step = f" in step {self.step:,}" if self.step else ""
-        return f"the {self.name.replace('_', '-')} of {self.purpose}{step}"
+        sizes = " and ".join("x".join(map(str, size)) or "1" for size in self.sizes)
+        return f"the {self.name.replace('_', '-')} of {self.purpose or f'{sizes} elements'}{step}"
 
 
-def recent_collectives(step_at: Callable[[float], int] = lambda time: 0) -> list[Collective]:
+def recent_collectives(step_at: Callable[[float], int], *, purposes: bool) -> list[Collective]:
     """Return this rank's last collectives of each group, oldest first. Can be called from any thread.
 
-    `step_at` returns the step of a Unix time, from 1, or 0. The list is empty if this version of torch records none.
+    `step_at` returns the step of a Unix time, from 1, or 0. With `purposes`, say what they are for, which takes 1.2 s of CPU
+    time. The list is empty if this version of torch records none.
     """
     groups: dict[str, list[Collective]] = defaultdict(list)
     buckets: Counter[int] = Counter()
-    for entry in _entries():
+    for entry in _entries(purposes):
         found = _collective(entry, step_at(entry["time_created_ns"] / 1e9))
         if found.purpose == "gradient bucket":
             buckets[found.step] += 1
@@ -78,15 +80,15 @@ def recent_collectives(step_at: Callable[[float], int] = lambda time: 0) -> list
     ]
 
 
-def _entries() -> list[dict[str, Any]]:
-    """The content of torch's flight recorders for gloo and for NCCL."""
+def _entries(stacks: bool) -> list[dict[str, Any]]:
+    """The content of torch's flight recorders for gloo and for NCCL, with Python stacks if `stacks`."""
     entries: list[dict[str, Any]] = []
     with contextlib.suppress(ImportError, AttributeError, TypeError, ValueError, KeyError, RuntimeError):
         from torch._C import _distributed_c10d as c10d
 
         for name in ("_dump_fr_trace", "_dump_nccl_trace"):
             if dump := getattr(c10d, name, None):
-                found = pickle.loads(dump(includeCollectives=True, includeStackTraces=True, onlyActive=False))
+                found = pickle.loads(dump(includeCollectives=True, includeStackTraces=stacks, onlyActive=False))
                 entries += [entry for entry in found.get("entries", []) if not entry.get("is_p2p")]
     return entries
 
@@ -98,7 +100,7 @@ def _collective(entry: Mapping[str, Any], step: int) -> Collective:
         number=entry["collective_seq_id"],
         name=entry["profiling_name"].rpartition(":")[2],
         sizes=[list(sizes) for sizes in entry["input_sizes"]],
-        purpose=_purpose(entry.get("frames", [])),
+        purpose=_purpose(entry["frames"]) if "frames" in entry else "",
         step=step,
         # gloo leaves the state at "scheduled", and only retires what has ended
         ended=bool(entry.get("retired")) or entry.get("state") == "completed",
@@ -173,17 +175,14 @@ def _first_difference(calls: Mapping[int, Sequence[Collective]]) -> Wait | None:
         most = kinds.most_common(1)[0][0]
         usual = [rank for rank, call in found.items() if repr(call.kind) == most]
         others = [rank for rank in found if rank not in usual]
+        has = "has" if len(others) == 1 else "have"
         call, expected = found[others[0]], found[usual[0]]
         text = (
-            f"{ranks_text(others)} entered {call} {_sizes(call)}, but {ranks_text(usual)} {expected} "
-            f"{_sizes(expected)}: one of them has skipped a collective, or has called another one"
+            f"{ranks_text(others)} entered {call}, but {ranks_text(usual)} {expected}: {ranks_text(others)} {has} skipped a "
+            f"collective, or {has} called another one"
         )
         return Wait(text, others, differs=True)
     return None
-
-
-def _sizes(call: Collective) -> str:
-    return f"({', '.join('x'.join(map(str, sizes)) or '1' for sizes in call.sizes)} elements)"
 
 
 def _last(calls: Iterable[Collective], group: str) -> int:

@@ -91,10 +91,12 @@ class Checkpoints:
         self._writer = threading.Thread(target=write, name="checkpoint")
         self._writer.start()
 
-    def save_as_survivor(self, state: State, step: int) -> None:
+    def save_as_survivor(self, state: State, step: int, epoch: int) -> None:
         """Save `state`, which is the same on every rank that is left, unless another rank has saved it. Waits for the disk.
 
-        If it is not the same on another rank, none is saved: nobody knows which one is right. Raises `OSError`.
+        It is the state after `step` steps and `epoch` whole epochs. After the last step of an epoch, another rank may be an
+        epoch further; its state counts. If the state is not the same on another rank, none is saved: nobody knows which one is
+        right. Raises `OSError`.
         """
         if not self.folder.is_dir():  # a trainer without a run_dir
             return
@@ -107,14 +109,17 @@ class Checkpoints:
                     log.warning(f"{path} was not saved here: another rank still writes it")
                     return
             file.seek(0)
-            others = {line.split()[1] for line in file if line.split()[0] == str(step)}
+            rows = [line.split() for line in file]
+            others = {other for *where, other in rows if where == [str(step), str(epoch)]}
+            if [str(step), str(epoch + 1)] in [where for *where, _ in rows]:
+                return
             if not others:
                 save_checkpoint(path, copied)
                 log.info(f"saved the last completed step to {path}")
             elif others != {own}:
                 path.unlink(missing_ok=True)
                 log.warning(f"{path} was removed: the ranks that are left have different states")
-            file.write(f"{step} {own}\n")
+            file.write(f"{step} {epoch} {own}\n")
 
     def finish(self, timeout_s: float | None = None) -> bool:
         """Wait until the last save is on the disk; False if it takes longer than `timeout_s`."""

@@ -11,7 +11,7 @@ import time
 import traceback
 from bisect import bisect
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -41,6 +41,8 @@ class Event:
     message: str
     is_cause: bool = True
     """False if the rank ended because another one did."""
+    ranks: list[int] = field(default_factory=list)
+    """The ranks that are the cause."""
     place: str = ""
     """Where the main thread was, unless it has reported the event itself."""
     oom_kills: int = 0
@@ -68,9 +70,10 @@ class EventLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         is_error = record.levelno >= logging.ERROR
         message = getattr(record, "summary", "") or first_line(Exception(record.getMessage()))
-        self.add(ERROR if is_error else WARNING, message, is_cause=getattr(record, "is_cause", True))
+        ranks = getattr(record, "ranks", ()) or [self.rank]
+        self.add(ERROR if is_error else WARNING, message, is_cause=getattr(record, "is_cause", True), ranks=ranks)
 
-    def add(self, kind: str, message: str = "", *, is_cause: bool = True) -> Event:
+    def add(self, kind: str, message: str = "", *, is_cause: bool = True, ranks: Sequence[int] = ()) -> Event:
         """Write an event of this moment. Does not raise."""
         event = Event(
             time.time(),
@@ -81,9 +84,10 @@ class EventLog(logging.Handler):
             kind,
             message,
             is_cause,
+            list(ranks),
             "" if threading.current_thread() is threading.main_thread() else place_of_main_thread(),
             new_oom_kills(),
-            [] if kind == WARNING else recent_collectives(self._step_at),
+            [] if kind == WARNING else recent_collectives(self._step_at, purposes=kind == WAITING),
         )
         with contextlib.suppress(OSError):
             is_full = self.path.exists() and self.path.stat().st_size > MAX_BYTES

@@ -7,43 +7,22 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from ddp_cifar.command import leave
-from ddp_cifar.distributed.collectives import find_wait
+from ddp_cifar.distributed.collectives import Wait, find_wait
 from ddp_cifar.distributed.world import World
 from ddp_cifar.run.events import WAITING, EventLog, read_events
 from ddp_cifar.run.memory import oom_kills, peak_host_memory
 from ddp_cifar.run.processes import dump_native_stacks, kill_sibling
-from ddp_cifar.text_files import parse_json, read_text
+from ddp_cifar.run.signs import Sign, read_sign
 
 INTERVALS = 12
 """The least number of heartbeats within `train.silent_timeout_s` and `train.hang_timeout_s`."""
 
 LONGEST_INTERVAL_S = 5.0
-
-
-@dataclass(frozen=True)
-class Sign:
-    """The last heartbeat of a rank: the content of its file."""
-
-    rank: int
-    host: str
-    pid: int
-    ticks: int
-    """The number of writes. It stops growing if the process is stopped or its machine is lost."""
-    beats: int
-    """The number of steps and evaluation batches that the main thread has completed in this process."""
-    step: int
-    """Steps completed in the run."""
-    time: float
-    """Unix time of the last write."""
-    peak_memory: int = 0
-    """Peak memory of the process on the host, in bytes."""
-    oom_kills: int = 0
-    """Processes of the control group that the kernel has killed for lack of memory, at the time of the last write."""
 
 
 class Heartbeat:
@@ -140,7 +119,8 @@ class Heartbeat:
                 self._record_wait()  # before any rank exits: the first exit shuts down the others
             elif quiet > 0.9:
                 self._before_leaving()
-                leave(self._describe(before, self._read()))
+                message, ranks = self._describe(before, self._read())
+                leave(message, ranks=ranks)
 
     def _check_lost(self, before: dict[int, Sign], after: dict[int, Sign]) -> None:
         """Exit if a rank has written no heartbeat between the two times. Its process is killed if it is on this machine."""
@@ -155,10 +135,12 @@ class Heartbeat:
         names = ", ".join(_name(rank, after.get(rank)) for rank in silent)
         leave(
             f"no heartbeat from {names} for {self.silent_timeout_s:g} s (train.silent_timeout_s): the process is stopped, or its "
-            f"machine is lost"
+            f"machine is lost",
+            ranks=silent,
         )
 
-    def _describe(self, before: dict[int, Sign], after: dict[int, Sign]) -> str:
+    def _describe(self, before: dict[int, Sign], after: dict[int, Sign]) -> tuple[str, Sequence[int]]:
+        """Return the message about a hang, and the ranks that are its cause, as far as they are known."""
         fewest = min((sign.beats for sign in after.values()), default=0)
         behind = [sign for sign in after.values() if sign.beats == fewest]
         if _ticks(after, self.world.rank) == _ticks(before, self.world.rank):
@@ -166,13 +148,15 @@ class Heartbeat:
         elif len(behind) == len(after):
             reason = f"all ranks are alive and waiting after step {self.events.step}"
         else:
-            names = ", ".join(_name(sign.rank, sign) for sign in behind)
+            names = ", ".join(map(str, behind))
             reason = f"all ranks are alive, but {names} {'is' if len(behind) == 1 else 'are'} behind the others"
-        reason += "".join(f"; {text}" for text in self._read_waits())
-        return (
+        wait, places = self._read_waits()
+        reason += "".join(f"; {text}" for text in (wait.text, *places) if text)
+        message = (
             f"no rank has made progress for {0.9 * self.timeout_s:.0f} s (train.hang_timeout_s={self.timeout_s:g}): {reason}; "
             f"see the Python stacks of each live rank in {self.stacks.parent}/rank_*.stacks"
         )
+        return message, wait.ranks or [sign.rank for sign in behind if len(behind) < len(after)]
 
     def _record_wait(self) -> None:
         """Record what this rank does: an event, and the stacks of all threads."""
@@ -183,8 +167,8 @@ class Heartbeat:
             faulthandler.dump_traceback(file, all_threads=True)
             dump_native_stacks(file, timeout_s=0.1 * self.timeout_s)
 
-    def _read_waits(self) -> list[str]:
-        """Say what ranks wait for, from what they have recorded, and where the main threads of the ranks to blame are."""
+    def _read_waits(self) -> tuple[Wait, list[str]]:
+        """Return what ranks wait for, from what they have recorded, and where the main threads of the ranks to blame are."""
         events = read_events(self.stacks.parent)
         last = {
             event.rank: event
@@ -193,7 +177,7 @@ class Heartbeat:
         }
         wait = find_wait({rank: event.collectives for rank, event in last.items()})
         places = [f"rank {rank} is in {last[rank].place}" for rank in wait.ranks[:3] if last[rank].place]
-        return [text for text in (wait.text, *places) if text]
+        return wait, places
 
     # -- the files
 
@@ -225,21 +209,10 @@ class NullHeartbeat:
         yield
 
 
-def read_sign(folder: Path, rank: int) -> Sign | None:
-    """Return a rank's last heartbeat, or None if there is none."""
-    try:
-        sign = Sign(**parse_json(read_text(folder / f"rank_{rank}")))
-        return sign if isinstance(sign.time, float | int) and isinstance(sign.step, int) else None
-    except (OSError, ValueError, TypeError):
-        return None
-
-
 def _ticks(signs: Mapping[int, Sign], rank: int) -> int:
     """Return a rank's number of heartbeats, 0 if it has none."""
     return signs[rank].ticks if rank in signs else 0
 
 
 def _name(rank: int, sign: Sign | None) -> str:
-    return (
-        f"rank {rank} ({sign.host}, pid {sign.pid}, at step {sign.step})" if sign else f"rank {rank} (no heartbeat yet)"
-    )
+    return str(sign) if sign else f"rank {rank} (no heartbeat yet)"

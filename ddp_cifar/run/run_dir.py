@@ -125,6 +125,15 @@ class RunDir:
         for path in self.checkpoints.glob("*.tmp"):  # left by a kill during a write
             path.unlink(missing_ok=True)
 
+    def is_locked(self) -> bool:
+        """True if a process holds the lock, so that the run is running. Raises `OSError` if that cannot be known."""
+        with open(self.path / "lock", "rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
     def close(self) -> None:
         """Release the lock, if this process holds it."""
         if self._lock:

@@ -41,7 +41,8 @@ END_OF_RUN_S = 0.5
 class Requests:
     """Collects the requests to this process on a thread.
 
-    SIGUSR1 is caught from the beginning. SIGTERM, SIGINT and SIGHUP terminate the process as usual until `catch_signals`.
+    SIGUSR1 is caught from the beginning. SIGTERM, SIGINT and SIGHUP terminate the process until `catch_signals`, SIGTERM with
+    a line: torchrun sends it if another rank has failed.
     After a SIGINT, any signal terminates the process immediately, even if the main thread is blocked. The process also exits
     if the torchrun that started it exits. Signals that launch/node.sh received earlier count too: they are in the file
     $DDP_CIFAR_SIGNALS. If `folder` is given, the thread checks it for the files STOP and SAVE. `deadline` is a Unix time and
@@ -57,6 +58,8 @@ class Requests:
         self._before_leaving: Callable[[], None] = lambda: None
         self._handlers: dict[int, Any] = {}
         self._closed = False
+        self._stops = False
+        """True if signals are requests to stop."""
 
     def __enter__(self) -> "Requests":
         self._reader, self._writer = socket.socketpair()
@@ -64,6 +67,7 @@ class Requests:
         # Python's handlers wait for the main thread, which may be blocked; the C handler writes to this socket immediately
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._catch(signal.SIGUSR1)
+        self._catch(signal.SIGTERM)
         self._request_earlier()
         self._thread = threading.Thread(target=self._watch, name="requests", daemon=True)
         self._thread.start()
@@ -77,12 +81,13 @@ class Requests:
         self._writer.close()
         self._thread.join()
         self._reader.close()
-        for signum, handler in self._handlers.items():  # last: from here on a signal terminates the process
-            signal.signal(signum, handler)
+        if not error:  # otherwise the process is about to report the error, and exits then
+            for signum, handler in self._handlers.items():  # last: from here on a signal terminates the process
+                signal.signal(signum, handler)
 
     def catch_signals(self) -> None:
         """From now on, SIGTERM, SIGINT, and SIGHUP (the terminal closes) request a stop."""
-        self._catch(signal.SIGTERM)
+        self._stops = True
         self._catch(signal.SIGINT)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
             self._catch(signal.SIGHUP)
@@ -145,6 +150,8 @@ class Requests:
     def _on_signal(self, signum: int) -> None:
         if signum not in self._handlers:
             return
+        if signum == signal.SIGTERM and not self._stops:
+            leave("ended by SIGTERM before training", is_cause=False)
         if self.reason == "SIGINT":
             leave(f"{signal.Signals(signum).name} after SIGINT: exiting immediately, without saving")
         self._request(signal.Signals(signum).name)

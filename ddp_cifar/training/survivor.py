@@ -133,7 +133,7 @@ class Survivor:
         if wrong:
             log.warning(f"the last completed step was not saved: {wrong}")
         elif self._position() != self._first:
-            self.checkpoints.save_as_survivor(self._state(counts), self._progress["step"])
+            self.checkpoints.save_as_survivor(self._state(counts), *self._position())
 
     def _note(self) -> None:
         self._progress = self.metrics.progress.state_dict()

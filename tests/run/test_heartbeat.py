@@ -5,13 +5,15 @@ import json
 import re
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from ddp_cifar.distributed.world import World
 from ddp_cifar.run import heartbeat as heartbeat_module
-from ddp_cifar.run.heartbeat import Heartbeat, Sign
+from ddp_cifar.run.heartbeat import Heartbeat
+from ddp_cifar.run.signs import Sign
 
 SIGNS = {rank: Sign(rank, f"host{rank}", 100 + rank, ticks=5, beats=7, step=7, time=0.0) for rank in range(3)}
 
@@ -30,7 +32,11 @@ class Left(Exception):
 
 
 def test_a_hang_names_the_ranks_that_are_behind(alone: World, tmp_path: Path) -> None:
-    describe = heartbeat_of(alone, tmp_path)._describe
+    beating = heartbeat_of(alone, tmp_path)
+
+    def describe(before: dict[int, Sign], after: dict[int, Sign]) -> str:
+        return beating._describe(before, after)[0]
+
     alive = {rank: dataclasses.replace(sign, ticks=9) for rank, sign in SIGNS.items()}
     behind = changed(alive, 2, beats=6, step=6)
     assert "rank 2 (host2, pid 102, at step 6) is behind the others" in describe(SIGNS, behind)
@@ -41,7 +47,7 @@ def test_a_hang_names_the_ranks_that_are_behind(alone: World, tmp_path: Path) ->
 def test_a_lost_rank_is_named_and_a_disk_that_does_not_work_is_no_lost_rank(
     alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leave(message: str) -> None:
+    def leave(message: str, ranks: Sequence[int] = ()) -> None:
         raise Left(message)
 
     monkeypatch.setattr(heartbeat_module, "leave", leave)
@@ -60,7 +66,7 @@ def test_a_rank_that_is_lost_some_time_after_the_last_progress_is_found(
 ) -> None:
     """As in the start of a run, in which ranks wait for rank 0. Its files still change when the first reading is made."""
     left: list[str] = []
-    monkeypatch.setattr(heartbeat_module, "leave", left.append)
+    monkeypatch.setattr(heartbeat_module, "leave", lambda message, ranks: left.append(message))
     world = World(0, 0, 2, 2, alone.device, "gloo", alone.control_group)
     started = time.monotonic()
     with Heartbeat(tmp_path, tmp_path, world, timeout_s=60, silent_timeout_s=2):
@@ -79,7 +85,7 @@ def test_the_process_exits_within_the_timeout_of_a_hang_and_not_because_of_a_slo
     left: list[str] = []
     gone = threading.Event()
 
-    def leave(message: str) -> None:
+    def leave(message: str, ranks: Sequence[int] = ()) -> None:
         left.append(message)
         gone.set()
 
