@@ -71,7 +71,7 @@ def redact(text: str, found: Diagnosis) -> str:
     text = text.replace(found.run_dir.rstrip("/") or "/", "RUN_DIR")
     for number, host in enumerate(found.hosts, 1):
         text = re.sub(rf"(?<![\w.-]){re.escape(host)}(?![\w-])", f"host{number}", text)
-    text = re.sub(r"(?<![\w.])~?(?:/[\w.@+=,-]+){2,}/?", "PATH", text)
+    text = re.sub(r"(?<![\w.])~?(?:/[\w.@+=-]+){2,}/?", "PATH", text)
     text = re.sub(r"\b\d{1,3}(?:\.\d{1,3}){3}\b", "ADDRESS", text)
     for user in filter(None, {Path.home().name, _user(found.run_dir)}):
         text = re.sub(rf"\b{re.escape(user)}\b", "USER", text)

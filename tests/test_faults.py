@@ -33,6 +33,7 @@ from test_launch import rows as all_rows
 from test_mistakes import TINY
 
 from ddp_cifar.run.checkpoint_file import load_checkpoint
+from ddp_cifar.run.diagnosis import diagnose
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +66,12 @@ def test_a_signal_while_ranks_import_torch_stops_the_ranks_that_replace_them(run
     assert run.status == "stopped: SIGTERM (rank 0)"
 
 
+def assert_diagnosed(run_dir: Path, state: str, cause: str, *ranks: int) -> None:
+    found = diagnose(str(run_dir))
+    assert (found.state, [process.rank for process in found.ranks]) == (state, [*ranks]), found
+    assert cause in found.cause
+
+
 def test_ctrl_c_stops_and_saves_and_a_second_ctrl_c_exits_immediately(run: Run) -> None:
     run.start(*LONG)
     send([run.launcher.pid], signal.SIGINT)
@@ -73,6 +80,7 @@ def test_ctrl_c_stops_and_saves_and_a_second_ctrl_c_exits_immediately(run: Run) 
     step = run.step
     assert f"step {step}" in run.terminal
     assert "Traceback" not in run.terminal
+    assert_diagnosed(run.path, "stopped", "SIGINT (rank 0)")
 
     run.start(*LONG)
     stopped = time.monotonic()
@@ -107,6 +115,7 @@ def test_the_time_limit_stops_and_saves(run: Run) -> None:
     assert run.end() == 0
     assert 8 < time.monotonic() - begun < 40
     assert run.status == "stopped: train.max_hours (rank 0)"
+    assert_diagnosed(run.path, "stopped", "train.max_hours (rank 0)")
     assert "stopped by train.max_hours" in run.terminal
     assert run.step > 0
 
@@ -151,6 +160,7 @@ def test_a_killed_rank_ends_the_run_and_the_resumed_run_equals_an_uninterrupted_
     assert run.end() != 0
     assert run.status == "running", "the status after a crash"
     assert "error: " in run.terminal.splitlines()[-1]
+    assert_diagnosed(run.path, "crashed", "was killed, or the machine was lost: it ended without an error", victim)
     saved = run.step
     assert run.finish() == uninterrupted
     assert "resuming from" in run.terminal
@@ -171,6 +181,7 @@ def test_a_crash_loop_ends_although_restarts_are_left(run: Run) -> None:
     message = "not starting again: 3 starts crashed at step 0, without a new step; see"
     assert message in run.terminal.splitlines()[-1]
     assert run.status.startswith(f"failed: crash loop: {message}")
+    assert_diagnosed(run.path, "failed", message)
     assert len(run.starts()) == 3
 
 
@@ -282,6 +293,7 @@ def test_a_rank_that_hangs_is_named_and_the_others_exit(run: Run) -> None:
     assert "training/step.py" in (run.path / "logs" / "rank_0.stacks").read_text()
     assert run.end() != 0
     assert "error: no heartbeat from rank 1" in run.terminal.splitlines()[-1], "the reason is the last line"
+    assert_diagnosed(run.path, "crashed", "no heartbeat from rank 1", 1)
     run.finish()
     assert run.starts()[-1]["steps_lost"] == 0
 
@@ -365,6 +377,7 @@ def test_a_full_disk_skips_checkpoints_and_the_exit_status_is_3(tmp_path: Path) 
     assert "error: 5 checkpoints could not be saved" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert (kept / "status").read_text() == "finished\n"
+    assert_diagnosed(kept, "finished", "5 checkpoints could not be saved")
     (checkpoint,) = kept.glob("checkpoints/step_*")
     assert load_checkpoint(checkpoint)["progress"]["step"] == 2
     assert [row["step"] for row in rows_of(kept) if "train/epoch" in row] == [2, 4, 6, 8, 10, 12]
@@ -386,6 +399,7 @@ def test_a_missing_checkpoint_folder_skips_checkpoints_and_the_exit_status_is_no
     assert run.status == "finished"
     assert "was not saved (No such file or directory)" in run.terminal
     assert "checkpoints could not be saved" in run.terminal.splitlines()[-1]
+    assert_diagnosed(run.path, "finished", "checkpoints could not be saved", 0)
     assert "error: 0 checkpoints could not be saved" not in run.terminal, "rank 1 saves none, and reports none"
 
 

@@ -175,13 +175,15 @@ def _first_difference(calls: Mapping[int, Sequence[Collective]]) -> Wait | None:
         most = kinds.most_common(1)[0][0]
         usual = [rank for rank, call in found.items() if repr(call.kind) == most]
         others = [rank for rank in found if rank not in usual]
-        has = "has" if len(others) == 1 else "have"
+        has = "have" if 1 < len(others) < len(usual) else "has"
         call, expected = found[others[0]], found[usual[0]]
+        is_tie = len(others) >= len(usual)
+        who = "one of them" if is_tie else ranks_text(others)
         text = (
-            f"{ranks_text(others)} entered {call}, but {ranks_text(usual)} {expected}: {ranks_text(others)} {has} skipped a "
-            f"collective, or {has} called another one"
+            f"{ranks_text(others)} entered {call}, but {ranks_text(usual)} {expected}: {who} {has} skipped a collective, or "
+            f"{has} called another one"
         )
-        return Wait(text, others, differs=True)
+        return Wait(text, [] if is_tie else others, differs=True)
     return None
 
 

@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
+
+from ddp_cifar.errors import UserError, few_of
 
 T = TypeVar("T")
 
@@ -154,14 +157,16 @@ class World:
         """
         if self.world_size == 1:
             return function()
-        outcome = _attempt(function) if self.local_rank == 0 else [None, None]
+        outcome = [*(_attempt(function) if self.local_rank == 0 else [None, None]), socket.gethostname()]
         outcomes: list[Any] = [None] * self.world_size
         group = self.new_group("nodes", NODE_TIMEOUT, "gloo")
         dist.all_gather_object(outcomes, outcome, group=group)
         dist.destroy_process_group(group)
-        for _, failure in outcomes:
-            if failure is not None:
-                raise failure
+        failures = {host: failure for _, failure, host in outcomes if failure is not None}
+        for failure in failures.values():
+            if isinstance(failure, UserError) and len(failures) < len({host for *_, host in outcomes}):
+                raise UserError(f"on {few_of(list(failures))}: {failure}")
+            raise failure
         return outcomes[self.rank - self.local_rank][0]  # type: ignore[no-any-return]
 
     def wrap(

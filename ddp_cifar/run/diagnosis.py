@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ddp_cifar.distributed.collectives import find_wait, ranks_text
-from ddp_cifar.run.events import ERROR, WAITING, WARNING, Event, read_events
-from ddp_cifar.run.memory import oom_kills
+from ddp_cifar.run.events import ERROR, WAITING, WARNING, Event, read_crash, read_events
+from ddp_cifar.run.memory import KILLED_BY_KERNEL, oom_kills
 from ddp_cifar.run.run_dir import CRASH_LOOP, RunDir, Start, read_rows
 from ddp_cifar.run.signs import read_signs
 
@@ -125,8 +125,7 @@ class _Reader:
             return self._build("failed", reason, self._blamed(causes))
         if causes:
             state = {"finished": "finished", "stopped": "stopped", "": "never started"}.get(word, "crashed")
-            details = [] if "never entered it" in causes[0].message else self._waits()
-            return self._build(state, causes[0].message, self._blamed(causes), details=details)
+            return self._build(state, causes[0].message, self._blamed(causes), details=self._waits())
         if word == "finished":
             return self._build("finished", self._last_result(), advice="nothing")
         if word == "stopped":
@@ -137,7 +136,8 @@ class _Reader:
         """A run whose ranks have ended without saying why, or only because others did."""
         wait = find_wait({event.rank: event.collectives for event in self._last_events()})
         if wait.differs:
-            return self._build("crashed", wait.text, self._processes(wait.ranks))
+            details = [f"rank {rank} crashed: {text}" for rank in range(self.world_size) if (text := self._crash(rank))]
+            return self._build("crashed", wait.text, self._processes(wait.ranks), details=details[:3])
         speaking = {event.rank for event in errors}
         dead = self._processes(rank for rank in range(self.world_size) if rank not in speaking)
         if not dead:
@@ -150,7 +150,10 @@ class _Reader:
         lack_of_memory = any(event.oom_kills for event in self.events if event.host in hosts)
         if socket.gethostname() in hosts:
             lack_of_memory |= all(oom_kills() > self.signs[process.rank].oom_kills for process in dead)
-        if lack_of_memory:
+        if crashed := [process for process in dead if self._crash(process.rank)]:
+            dead = crashed
+            cause = "; ".join(f"{process} crashed: {self._crash(process.rank)}" for process in dead[:3])
+        elif lack_of_memory:
             cause = f"{names} {was} killed by the kernel for lack of memory"
         else:
             they = "it" if len(dead) == 1 else "they"
@@ -200,8 +203,11 @@ class _Reader:
             checkpoint=str(newest) if newest else "",
             advice=advice or next((text for part, text in ADVICE if re.search(part, cause)), RESUME),
             peak_memory=max((sign.peak_memory for sign in self.signs.values()), default=0),
-            details=[*details, *self._warnings()],
+            details=[*(detail for detail in details if detail not in cause), *self._warnings()],
         )
+
+    def _crash(self, rank: int) -> str:
+        return read_crash(self.run_dir.rank_log(rank).with_suffix(".crash"))
 
     def _processes(self, ranks: Iterable[int]) -> list[Process]:
         """The ranks' processes, of those that have written a heartbeat."""
@@ -211,6 +217,8 @@ class _Reader:
     def _blamed(self, causes: Sequence[Event]) -> list[Process]:
         """The ranks that are the cause according to the first event, and to those with its message; none if these are all."""
         ranks = {rank for event in causes if event.message == causes[0].message for rank in event.ranks}
+        if causes and causes[0].message.startswith(KILLED_BY_KERNEL):
+            ranks = set(range(self.world_size)) - {event.rank for event in self.events if event.kind == ERROR}
         return self._processes(ranks) if len(ranks) < self.world_size else []
 
     def _last_events(self) -> list[Event]:
@@ -223,7 +231,7 @@ class _Reader:
         """What the ranks waited for, and where the ranks were that they waited for."""
         last = {event.rank: event for event in self._last_events()}
         wait = find_wait({rank: event.collectives for rank, event in last.items()})
-        places = [f"rank {rank} was in {last[rank].place}" for rank in wait.ranks if rank in last and last[rank].place]
+        places = [f"rank {rank} is in {last[rank].place}" for rank in wait.ranks if rank in last and last[rank].place]
         return [text for text in (wait.text, *places[:2]) if text]
 
     def _earlier_causes(self) -> list[str]:

@@ -1,9 +1,11 @@
 """The events of each rank: its warnings and errors, with what it was doing, in RUN_DIR/logs/rank_N.events for `diagnose`."""
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -14,11 +16,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import IO
 
 from ddp_cifar.distributed.collectives import Collective, is_library, recent_collectives, short_name
 from ddp_cifar.errors import first_line
 from ddp_cifar.run.memory import new_oom_kills
-from ddp_cifar.text_files import parse_json, read_lines
+from ddp_cifar.text_files import parse_json, read_lines, read_text
 
 WARNING, WAITING, ERROR = "warning", "waiting", "error"
 
@@ -114,6 +117,33 @@ def place_of_main_thread() -> str:
         if Path(f"/proc/self/task/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[0] == "D":
             text += ", waiting for a disk or a file server"
     return text
+
+
+_crash_files: list[IO[str]] = []
+
+
+def catch_crashes(path: Path) -> None:
+    """If this process crashes in C++ code, write the signal and the Python stacks to the file."""
+    with contextlib.suppress(OSError):
+        _crash_files.append(open(path, "w"))  # noqa: SIM115 - open until the process exits
+        faulthandler.enable(_crash_files[-1])
+
+
+def read_crash(path: Path) -> str:
+    """Return `Segmentation fault, in torch/x.py:12 (f)` from a file of `catch_crashes`; "" if the process has not crashed."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = read_text(path).splitlines()
+        if lines and lines[0].startswith("Fatal Python error: "):
+            frames = re.findall(
+                r'^  File "(.*)", line (\d+) in (.*)$', "\n".join(lines).rpartition("hread 0x")[2], re.MULTILINE
+            )
+            places = [
+                f", in {short_name(name)}:{line} ({function})"
+                for name, line, function in frames
+                if not is_library(name)
+            ]
+            return lines[0].removeprefix("Fatal Python error: ") + "".join(places[:1])
+    return ""
 
 
 def read_events(logs: Path) -> list[Event]:

@@ -5,7 +5,9 @@ status                        running, stopped: REASON, finished, or failed: REA
 metrics.jsonl                 a row of scalars every few steps and at the end of each epoch
 tensorboard/                  the same for TensorBoard
 checkpoints/step_NNNNNNNN.pt  checkpoints, with links `latest.pt` and `best.pt`
-logs/rank_N.log               each rank's log; rank_N.stacks: the stacks of all Python threads after a hang
+logs/rank_N.log               each rank's log
+logs/rank_N.events            its warnings and errors with its last collectives, for `python -m ddp_cifar.diagnose`
+logs/rank_N.stacks, .crash    the stacks of its threads after a hang, or after a crash in C++ code
 heartbeats/rank_N             each rank's last heartbeat
 bad_nodes                     nodes that slurm/train.sh does not use again, with the reasons
 starts.jsonl                  a row for each start of the run

@@ -88,14 +88,14 @@ class Survivor:
         me = socket.gethostname(), os.getppid(), os.getpid()
         siblings = [pid for host, parent, pid in self.world.gather_objects(me) if (host, parent) == me[:2]]
         siblings.remove(me[2])
-        try:
-            with heartbeat.watching(self.save), requests.watching(siblings, self.save):
+        with heartbeat.watching(self.save), requests.watching(siblings, self.save):
+            try:
                 yield
-        except RunError:
-            raise
-        except Exception:
-            self.save()
-            raise
+            except RunError:
+                raise
+            except Exception:
+                self.save()  # while the other threads are watching: they wait for it before they exit
+                raise
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
