@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     from ddp_cifar.run.stopping import Requests
     from ddp_cifar.tracking.base import NullTracker
     from ddp_cifar.training.build import build_trainer, initial_weights, set_up_kernels
-    from ddp_cifar.training.profiling import NullProfiler, Profiler
+    from ddp_cifar.training.profiling import Profiler
     from ddp_cifar.training.progress import Progress
 
     rank, world_size = rank_and_world_size()
@@ -106,9 +106,7 @@ def main(argv: Sequence[str]) -> int:
             start, tracker = start_records(run_dir, trainer, began, places, last_beat, rows)
         requests.catch_signals()
         with contextlib.closing(tracker), run_dir.recording_failure():
-            steps = config.train.profile_steps
-            completed = trainer.progress.step
-            profiler = Profiler(run_dir.profile, steps, world, completed) if steps else NullProfiler()
+            profiler = Profiler(run_dir.profile, world, trainer.progress.step, config.train.profile_steps)
             reason = trainer.fit(requests=requests, heartbeat=heartbeat, start=start, profiler=profiler)
             ended = f"stopped: {reason}" if reason else "finished"
             if world.is_main:

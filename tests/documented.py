@@ -29,7 +29,22 @@ PROGRAMS = {
         "squeue",
         "sacct",
     ),
-    *("scontrol", "ssh", "git", "df", "diff", "cp", "touch", "tail", "py-spy", "module", "apt-get", "source", "kill"),
+    *(
+        "scontrol",
+        "ssh",
+        "git",
+        "df",
+        "diff",
+        "cp",
+        "echo",
+        "touch",
+        "tail",
+        "py-spy",
+        "module",
+        "apt-get",
+        "source",
+        "kill",
+    ),
 }
 """Inline code is a command if it starts with one of these programs and has arguments, or with a script of the project."""
 SCRIPTS = ("launch/", "slurm/", "benchmarks/", "tests/")

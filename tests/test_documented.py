@@ -33,7 +33,7 @@ CANNOT = {
     r"^scancel ": "cancels a job; tests/slurm/test_train.py sends these signals",
     r"^ssh -L": "needs another machine",
     r"^py-spy ": "is not installed by the project",
-    r"^touch (RUN_DIR|runs)\S*/(STOP|SAVE)$": "tests/test_faults.py does this to running runs",
+    r"^(touch|echo .* >) (RUN_DIR|runs)\S*/(STOP|SAVE|PROFILE)$": "tests/test_faults.py does this to running runs",
     r"^cp slurm/site": "tests/slurm/test_train.py uses another site.sh",
     r"^(srun_options=|sbatch --container|sbatch --mem$)": "part of a script, or only an option",
     r"^kubectl |^sed .* kubectl ": "needs a cluster; tests/test_kubernetes.py runs the manifest",

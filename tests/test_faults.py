@@ -55,7 +55,10 @@ def test_a_signal_to_one_rank_stops_all_and_the_resumed_run_equals_an_uninterrup
     assert run.status == f"stopped: {signum.name} (rank 1)"
     assert f"stopped by {signum.name} (rank 1): epoch" in run.terminal
     assert [row["step"] for row in rows_of(run.path)][-1] <= run.step
+    (run.path / "PROFILE").write_text("steps=3 rank=1")
     assert run.finish() == uninterrupted
+    (profile,) = (run.path / "profile").iterdir()
+    assert re.fullmatch(r"rank_1_step_\d+\.pt\.trace\.json\.gz", profile.name), "it changes no result"
 
 
 def test_a_signal_while_ranks_import_torch_stops_the_ranks_that_replace_them(run: Run) -> None:
@@ -121,12 +124,18 @@ def test_the_time_limit_stops_and_saves(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_the_files_save_and_stop(run: Run) -> None:
+def test_the_files_profile_save_and_stop(run: Run) -> None:
     run.start(*LONG, "checkpoint.every_steps=null", "checkpoint.every_epochs=3")
     step = run.step
     (run.path / "SAVE").touch()
     assert wait_until(lambda: step < run.step < 70, 20)
     step = run.step
+    (run.path / "PROFILE").touch()
+    assert wait_until(lambda: run.terminal.count("slowest kernels of the profile") == 1, 20)
+    (run.path / "PROFILE").write_text("steps=100")
+    assert wait_until(lambda: run.terminal.count("recording a profile") == 2, 20)
+    (run.path / "PROFILE").touch()
+    assert wait_until(lambda: "on all ranks are being recorded; request it again afterwards" in run.terminal, 20)
     assert step % 13, "the step is not the end of an epoch"
     assert not (run.path / "SAVE").exists()
     (run.path / "STOP").touch()
@@ -135,6 +144,10 @@ def test_the_files_save_and_stop(run: Run) -> None:
     assert run.step > step
     assert not (run.path / "STOP").exists()
     assert "stopped by the file STOP (rank 0)" in run.terminal
+    assert not (run.path / "PROFILE").exists()
+    names = sorted(path.name for path in (run.path / "profile").iterdir())
+    first, second = re.findall(r"recording a profile of steps (\d+) to", run.terminal)
+    assert names == [f"rank_{rank}_step_{at}.pt.trace.json.gz" for rank in (0, 1) for at in sorted((first, second))]
 
 
 def test_sigterm_stops_both_nodes(run: Run) -> None:

@@ -4,6 +4,7 @@ test_faults.py tests it with real processes that are killed.
 """
 
 import copy
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from ddp_cifar.errors import FaultyReplica, RunError, UserError
 from ddp_cifar.log import log
 from ddp_cifar.run.checkpoint_file import digest, load_checkpoint
 from ddp_cifar.run.checkpoint_store import Checkpoints, NullCheckpoints
+from ddp_cifar.run.heartbeat import Heartbeat
 from ddp_cifar.run.resume import find_checkpoint
 from ddp_cifar.run.stopping import Requests
 from ddp_cifar.training.metrics import TrainMetrics
@@ -301,7 +303,7 @@ def test_a_rank_with_one_more_micro_batch_is_not_a_straggler(ranks: RankPool) ->
     assert ranks.run(lag, 3, None, *arguments) == [[]] * 3
 
 
-def test_out_of_memory_names_a_size_that_fits(alone: World) -> None:
+def test_out_of_memory_names_a_size_that_fits(alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = faulty_trainer(alone, "train.micro_batch_size=16")
 
     def fault(logits: Tensor) -> Tensor:
@@ -310,10 +312,13 @@ def test_out_of_memory_names_a_size_that_fits(alone: World) -> None:
         return logits
 
     trainer.model.fault = fault
-    with pytest.raises(
-        UserError, match=r"cpu ran out of memory with 16 images per micro-batch; use train.micro_batch_size=5"
+    monkeypatch.setattr("ddp_cifar.training.warmup.write_snapshot", lambda world, logs: f"; see {logs}")
+    expected = "cpu ran out of memory with 16 images per micro-batch; use train.micro_batch_size=5"
+    with (
+        Heartbeat(tmp_path, tmp_path / "logs", alone, 100, 100) as heartbeat,
+        pytest.raises(UserError, match=re.escape(f"{expected}; see {tmp_path}/logs")),
     ):
-        trainer.fit()
+        trainer.fit(heartbeat=heartbeat)
 
 
 def test_a_checkpoint_has_the_state_at_the_time_of_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

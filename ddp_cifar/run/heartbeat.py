@@ -35,6 +35,7 @@ class Heartbeat:
 
     def __init__(self, folder: Path, logs: Path, world: World, timeout_s: float, silent_timeout_s: float) -> None:
         self.folder = folder
+        self.logs: Path | None = logs
         self.stacks = logs / f"rank_{world.rank}.stacks"
         self.events = EventLog(logs, world.rank)
         self.world = world
@@ -200,6 +201,8 @@ class Heartbeat:
 
 class NullHeartbeat:
     """Does nothing. For a trainer without a RUN_DIR."""
+
+    logs: Path | None = None
 
     def beat(self, step: int) -> None:
         pass

@@ -8,12 +8,14 @@ checkpoints/step_NNNNNNNN.pt  checkpoints, with links `latest.pt` and `best.pt`
 logs/rank_N.log               each rank's log
 logs/rank_N.events            its warnings and errors with its last collectives, for `python -m ddp_cifar.diagnose`
 logs/rank_N.stacks, .crash    the stacks of its threads after a hang, or after a crash in C++ code
+logs/rank_N.memory.pickle     what was allocated when the memory of its GPU ran out
+profile/                      profiles of some steps of each rank, on request
 heartbeats/rank_N             each rank's last heartbeat
 bad_nodes                     nodes that slurm/train.sh does not use again, with the reasons
 starts.jsonl                  a row for each start of the run
 lock                          host and pid of the process that holds it
 checkpoints/survivors         a row for each rank that saved its last completed step when another one was lost
-STOP, SAVE                    created by the user to request: save and stop; save and continue
+STOP, SAVE, PROFILE           created by the user to request: save and stop; save and continue; profile the next steps
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Requests to a training process: to stop, or to save and continue. Their source is a signal, a file, or a time limit.
+"""Requests to a training process: to stop, to save, or to record a profile. Their source is a signal, a file, or a time limit.
 
 Each rank knows only its own requests. Ranks exchange them every few steps (training/rank_exchange.py), so that all ranks act
 at the same step.
@@ -6,6 +6,7 @@ at the same step.
 
 import contextlib
 import os
+import re
 import select
 import signal
 import socket
@@ -14,13 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ddp_cifar import LAUNCHER
 from ddp_cifar.command import leave
 from ddp_cifar.log import log
 from ddp_cifar.run.memory import lack_of_memory
 from ddp_cifar.run.processes import is_dead
+from ddp_cifar.text_files import read_text
 
 REASONS = ("", "SIGTERM", "SIGINT", "SIGUSR1", "the file STOP", "train.deadline", "train.max_hours", "SIGHUP")
 """The reasons to stop. The first one means no reason."""
@@ -29,13 +31,27 @@ EARLIER_SIGNALS = "DDP_CIFAR_SIGNALS"
 """The environment variable with a path. The file lists the signals that launch/node.sh has received, one per line (`TERM`)."""
 
 LOOK_EVERY_S = 1.0
-"""Seconds between two checks of the time limit, of the files STOP and SAVE, and of the other ranks of this torchrun."""
+"""Seconds between two checks of the time limit, of the files STOP, SAVE and PROFILE, and of the other ranks."""
 
 LOOK_AFTER_SIGTERM_S = 0.1
 """The same after a SIGTERM, which torchrun sends to the other ranks when one has failed."""
 
 END_OF_RUN_S = 0.5
 """Seconds for which another rank may exit earlier than this one at the end of a run."""
+
+ALL_RANKS = -1
+
+MAX_PROFILE_STEPS = 100
+"""The longest profile on request. A step takes thousands of events, which are kept in memory."""
+
+
+class ProfileRequest(NamedTuple):
+    """A request to record a profile of the next steps."""
+
+    steps: int = 0
+    """The number of steps; 0 if there is no request."""
+    rank: int = ALL_RANKS
+    """The rank that records them, or `ALL_RANKS`."""
 
 
 class Requests:
@@ -45,8 +61,8 @@ class Requests:
     a line: torchrun sends it if another rank has failed.
     After a SIGINT, any signal terminates the process immediately, even if the main thread is blocked. The process also exits
     if the torchrun that started it exits. Signals that launch/node.sh received earlier count too: they are in the file
-    $DDP_CIFAR_SIGNALS. If `folder` is given, the thread checks it for the files STOP and SAVE. `deadline` is a Unix time and
-    the reason to stop then.
+    $DDP_CIFAR_SIGNALS. If `folder` is given, the thread checks it for the files STOP, SAVE and PROFILE. `deadline` is a
+    Unix time and the reason to stop then.
     """
 
     def __init__(self, folder: Path | None = None, deadline: tuple[float, str] | None = None) -> None:
@@ -54,6 +70,8 @@ class Requests:
         self.deadline = deadline
         self.reason = ""
         self._save = False
+        self._profile = ProfileRequest()
+        self._profile_text: str | None = None
         self._siblings: Sequence[int] = ()
         self._before_leaving: Callable[[], None] = lambda: None
         self._handlers: dict[int, Any] = {}
@@ -112,6 +130,13 @@ class Requests:
         self._save = False  # a request that arrives now is served by the same checkpoint
         return True
 
+    def take_profile(self) -> ProfileRequest:
+        """Return the profile requested since the last call, of no steps if there is none."""
+        request = self._profile
+        if request.steps:
+            self._profile = ProfileRequest()  # from now on the thread looks for the next one
+        return request
+
     def stopped(self) -> None:
         """Remove the file STOP. Call it after the run has stopped."""
         if self.folder:
@@ -163,8 +188,25 @@ class Requests:
             if (folder / "SAVE").exists():
                 (folder / "SAVE").unlink()
                 self._save = True
+            if not self._profile.steps:
+                self._check_profile(folder / "PROFILE")
         except OSError:
             pass  # the folder is temporarily unavailable: no request
+
+    def _check_profile(self, path: Path) -> None:
+        before, self._profile_text = self._profile_text, None
+        if not path.is_file():
+            return
+        try:
+            text = read_text(path)
+            if text != before:  # perhaps not written completely: look again
+                self._profile_text = text
+                return
+            path.unlink()
+            self._profile = parse_profile(text)
+        except ValueError as error:
+            path.unlink(missing_ok=True)
+            log.warning(f"no profile is recorded: the file PROFILE is invalid: {error}")
 
     def _request(self, reason: str) -> None:
         # a SIGINT replaces an earlier reason, since any signal after it terminates the process immediately
@@ -172,3 +214,15 @@ class Requests:
             is_first, self.reason = not self.reason, reason
             if is_first:
                 log.info(f"stop requested by {reason}")
+
+
+def parse_profile(text: str) -> ProfileRequest:
+    """Return the request in the file PROFILE, such as `steps=10 rank=0`. By default, all ranks record 5 steps.
+
+    Raises `ValueError` if the text is anything else.
+    """
+    words = [re.fullmatch(r"(steps|rank)=([0-9]{1,9})", word) for word in text.split()]
+    values = {"steps": 5} | {word[1]: int(word[2]) for word in words if word}
+    if not all(words) or not 1 <= values["steps"] <= MAX_PROFILE_STEPS:
+        raise ValueError(f'expected "steps=10 rank=0" with 1 to {MAX_PROFILE_STEPS} steps, found {text.strip()[:60]!r}')
+    return ProfileRequest(**values)

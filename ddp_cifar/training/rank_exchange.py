@@ -1,4 +1,4 @@
-"""The exchange between ranks during training: requests to stop or to save, fingerprints, and local work times."""
+"""The exchange between ranks during training: requests to stop, save or profile, fingerprints, and local work times."""
 
 import socket
 import statistics
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ddp_cifar.config import Config
 from ddp_cifar.distributed.world import World
 from ddp_cifar.log import log
-from ddp_cifar.run.stopping import REASONS, Requests
+from ddp_cifar.run.stopping import ALL_RANKS, REASONS, ProfileRequest, Requests
 from ddp_cifar.training.metrics import Work
 
 STRAGGLER_FLOOR_US = 1000
@@ -31,6 +31,10 @@ class RankStatus(NamedTuple):
     """Microseconds of local work per step (`Work.seconds`) in that row."""
     data_us: int = 0
     """The part of `local_work_us` spent on preparing the batch (`Work.data_s`)."""
+    profile_steps: int = 0
+    """The number of steps to profile (`ProfileRequest`), which rank 0 sends once."""
+    profile_rank: int = ALL_RANKS
+    """The rank that records them."""
 
 
 class Decision(NamedTuple):
@@ -41,6 +45,7 @@ class Decision(NamedTuple):
     """The reason to stop, or "" to continue."""
     diverged: Sequence[int] = ()
     """The ranks whose weights differ from the others'."""
+    profile: ProfileRequest = ProfileRequest()
 
 
 class Agreement:
@@ -105,7 +110,8 @@ class RankExchange:
         if reasons:
             rank, stop = reasons[0]
             stop += f" (rank {rank})" if self.world.world_size > 1 else ""
-        return Decision(any(status.save for status in statuses), stop, differing_ranks(statuses))
+        profile = ProfileRequest(statuses[0].profile_steps, statuses[0].profile_rank)
+        return Decision(any(status.save for status in statuses), stop, differing_ranks(statuses), profile)
 
     def compare_now(self) -> list[int]:
         """Return the ranks whose last fingerprint differs, at the end of the run. Every rank must call it."""
@@ -126,7 +132,10 @@ class RankExchange:
         if due:
             self.saved_at = time.perf_counter()  # request it only once: the save follows at the next exchange
         save = self.requests.take_save() or (due and self.world.is_main)
-        return self.status._replace(reason=REASONS.index(self.requests.reason), save=int(save))
+        steps, rank = self.requests.take_profile()
+        return self.status._replace(
+            reason=REASONS.index(self.requests.reason), save=int(save), profile_steps=steps, profile_rank=rank
+        )
 
     def set_fingerprint(self, value: int) -> None:
         """Set the fingerprint that the next exchange compares."""

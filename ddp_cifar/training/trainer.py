@@ -62,10 +62,8 @@ class Trainer:
         self.show_progress = show_progress
         stops = config.train.on_nonfinite == "stop"
         # a scaled fp16 gradient may overflow; the scaler then skips the update
-        finite_gradients = stops and not train_step.scaler.is_enabled()
-        self.metrics = TrainMetrics(
-            world, progress, train_loader, finite_losses=stops, finite_gradients=finite_gradients
-        )
+        finite = stops and not train_step.scaler.is_enabled()
+        self.metrics = TrainMetrics(world, progress, train_loader, finite_losses=stops, finite_gradients=finite)
         self.ranks = RankExchange(world, config)
         self.last_step = train_step.schedule.total_steps
         """The step at which `train_epoch` stops. `fit` uses the config's; a benchmark, which calls `train_epoch`, changes it."""
@@ -139,7 +137,8 @@ class Trainer:
         self.model.train()
         self.metrics.start_epoch()
         steps = self.metrics.timer.timed("data", self.train_loader.steps(progress.epoch, progress.step_in_epoch))
-        with memory_advice(self.train_step), progress.bar(self.plan.steps_per_epoch, show=self.show_progress) as bar:
+        bar = progress.bar(self.plan.steps_per_epoch, show=self.show_progress)
+        with memory_advice(self.train_step, self.heartbeat.logs), bar:
             while progress.step_in_epoch < end:
                 batch = next(steps)
                 norm = self.train_step.gradients(batch, progress.step, self.metrics)
@@ -201,6 +200,7 @@ class Trainer:
         decision = self.ranks.poll()
         self.fail_if_diverged(decision.diverged)
         self.save_due |= decision.save
+        self.profiler.request(decision.profile)
         if decision.stop:
             raise Stopped(decision.stop)
 

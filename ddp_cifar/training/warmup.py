@@ -3,12 +3,14 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from ddp_cifar.data.augment import transform
 from ddp_cifar.data.loader import EvalLoader, TrainLoader
-from ddp_cifar.errors import UserError
+from ddp_cifar.distributed.world import World
+from ddp_cifar.errors import UserError, first_line
 from ddp_cifar.log import log
 from ddp_cifar.models import unchanged_buffers
 from ddp_cifar.training.step import TrainStep
@@ -74,13 +76,32 @@ def warm_up_compiled(step: TrainStep, train: TrainLoader) -> None:
 
 
 @contextlib.contextmanager
-def memory_advice(step: TrainStep) -> Iterator[None]:
-    """Raise `UserError` if the body runs out of memory, with a micro-batch size that fits."""
+def memory_advice(step: TrainStep, logs: Path | None) -> Iterator[None]:
+    """Raise `UserError` if the body runs out of memory, with a micro-batch size that fits.
+
+    If it is a GPU's memory, its state is written to the folder `logs`.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
-        message = out_of_memory(step)
-        raise UserError(message) from None
+        snapshot = write_snapshot(step.world, logs)  # before `out_of_memory`, which frees memory
+        raise UserError(out_of_memory(step) + snapshot) from None
+
+
+def write_snapshot(world: World, logs: Path | None) -> str:
+    """Write the state of this rank's GPU memory to `logs`/rank_N.memory.pickle; return the end of a message that names the file.
+
+    Returns "" if nothing was written: without `logs`, or on the CPU. Does not raise. Not yet run on a GPU.
+    """
+    if logs is None or world.device.type != "cuda":
+        return ""
+    path = logs / f"rank_{world.rank}.memory.pickle"
+    try:
+        torch.cuda.memory._dump_snapshot(str(path))
+    except Exception as error:  # of any kind, as the function is private; the advice is more important
+        log.warning(f"cannot write a snapshot of the memory to {path} ({type(error).__name__}: {first_line(error)})")
+        return ""
+    return f"; a snapshot of the memory is in {path}; open it at https://pytorch.org/memory_viz"
 
 
 def out_of_memory(step: TrainStep) -> str:

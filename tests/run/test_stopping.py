@@ -1,4 +1,4 @@
-"""Requests to stop and to save."""
+"""Requests to stop, to save, and to record a profile."""
 
 import time
 from pathlib import Path
@@ -7,7 +7,8 @@ import pytest
 from helpers import config_of
 from launched import wait_until
 
-from ddp_cifar.run.stopping import Requests
+from ddp_cifar.log import log
+from ddp_cifar.run.stopping import ALL_RANKS, ProfileRequest, Requests, parse_profile
 
 
 def test_stop_and_save_files_and_the_deadline_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +28,57 @@ def test_stop_and_save_files_and_the_deadline_are_detected(tmp_path: Path, monke
     with Requests(None, deadline=(time.time() + 0.2, "train.deadline")) as requests:
         assert requests.reason == ""
         assert wait_until(lambda: requests.reason == "train.deadline", 10)
+
+
+def test_a_profile_is_requested_by_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr("ddp_cifar.run.stopping.LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(log, "warning", warnings.append)
+    file = tmp_path / "PROFILE"
+    with Requests(tmp_path) as requests:
+        assert requests.take_profile() == ProfileRequest(0)
+        file.write_text("steps=10 rank=0\n")
+        assert wait_until(lambda: not file.exists(), 10)
+        file.touch()
+        time.sleep(0.1)
+        assert file.exists(), "a request waits until the one before it is taken"
+        assert requests.take_profile() == ProfileRequest(10, 0)
+        assert wait_until(lambda: not file.exists(), 10)
+        assert wait_until(lambda: requests.take_profile() == ProfileRequest(5, ALL_RANKS), 10)
+        for content in (b"ten steps", b"\xff"):
+            file.write_bytes(content)
+            assert wait_until(lambda: not file.exists(), 10)
+        time.sleep(0.1)
+        assert requests.take_profile() == ProfileRequest(0)
+    expected, not_text = warnings
+    assert expected == (
+        "no profile is recorded: the file PROFILE is invalid: "
+        """expected "steps=10 rank=0" with 1 to 100 steps, found 'ten steps'"""
+    )
+    assert "PROFILE is invalid: it is not UTF-8 text" in not_text
+
+
+@pytest.mark.parametrize(
+    ("text", "request_"),
+    [
+        ("", (5, ALL_RANKS)),
+        ("\n", (5, ALL_RANKS)),
+        ("rank=1", (5, 1)),
+        ("rank=2\nsteps=100", (100, 2)),
+        ("steps=1", (1, -1)),
+    ],
+)
+def test_the_content_of_the_file_profile(text: str, request_: tuple[int, int]) -> None:
+    assert parse_profile(text) == request_
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["10", "steps", "steps=", "steps=0", "steps=101", "rank=-1", "rank=x", "step=3", "steps = 3", "rank=" + "9" * 20],
+)
+def test_other_content_of_the_file_profile_is_rejected(text: str) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        parse_profile(text)
 
 
 def test_a_signal_received_before_this_process_started_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

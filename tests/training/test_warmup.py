@@ -1,11 +1,14 @@
 """Warm-up and compiled steps."""
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers import SMALL, Rows, config_of, make_trainer, random_dataset
 from ranks import RankPool
 from test_mistakes import TINY
@@ -13,7 +16,8 @@ from test_mistakes import TINY
 from ddp_cifar.data.batch_plan import plan_batches
 from ddp_cifar.data.sampler import StepSampler
 from ddp_cifar.distributed.world import World
-from ddp_cifar.training import build
+from ddp_cifar.errors import UserError
+from ddp_cifar.training import build, warmup
 
 
 @pytest.mark.slow
@@ -67,3 +71,35 @@ def test_torch_compile_needs_a_gpu(train: Callable[..., Any], tmp_path: Path) ->
     outcome = train(*TINY, "train.compile=default", "device=cpu", f"run_dir={tmp_path}/run")
     assert outcome.status == 2
     assert "train.compile=default needs a GPU, found device cpu; use train.compile=off" in outcome.err
+
+
+def test_the_state_of_a_gpus_memory_is_written_before_any_is_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Simulated: this machine may have no GPU."""
+    calls: list[str] = []
+    monkeypatch.setattr("torch.cuda.memory._dump_snapshot", calls.append)
+    monkeypatch.setattr(warmup, "out_of_memory", lambda step: calls.append("freed") or "use a smaller size")
+    monkeypatch.setattr(warmup.log, "propagate", True)
+
+    def error_on(device: str, logs: Path | None) -> str:
+        step: Any = SimpleNamespace(world=SimpleNamespace(device=torch.device(device), rank=3))
+        with pytest.raises(UserError) as error, warmup.memory_advice(step, logs):
+            raise torch.OutOfMemoryError("out of memory")
+        return str(error.value)
+
+    path = f"{tmp_path}/rank_3.memory.pickle"
+    expected = f"use a smaller size; a snapshot of the memory is in {path}; open it at https://pytorch.org/memory_viz"
+    assert error_on("cuda", tmp_path) == expected
+    assert calls == [path, "freed"]
+    assert error_on("cpu", tmp_path) == error_on("cuda", None) == "use a smaller size"
+    assert calls == [path] + 3 * ["freed"]
+
+    def full(path: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.cuda.memory._dump_snapshot", full)
+    assert error_on("cuda", tmp_path) == "use a smaller size"
+    assert (
+        f"cannot write a snapshot of the memory to {path} (OSError: [Errno 28] No space left on device)" in caplog.text
+    )
