@@ -233,7 +233,11 @@ def nan_on_rank_1(world: World, mode: str, folder: Path) -> Any:
 def test_a_nan_on_one_rank_ends_the_run_on_all_ranks_and_names_the_step(ranks: RankPool, tmp_path: Path) -> None:
     first, second = ranks.run(nan_on_rank_1, 2, "stop", tmp_path)
     assert first == second
-    assert "the gradient of step 7 is not finite (nan); 2 of the gradients of steps 6 to 8 are not finite" in first
+    assert "the gradient of step 7 is not finite (nan): " in first
+    assert re.search(
+        r"(\d+) of \1 values of the output of the model \(Faulty\) are not finite, although its input is", first
+    )
+    assert re.search(r"in micro-batch \d on rank 1; the last good checkpoint is", first)
     assert f"the last good checkpoint is {tmp_path / 'step_00000005.pt'}" in first
 
 
@@ -485,6 +489,7 @@ def test_a_survivor_saves_nothing_that_is_wrong(
             lose_a_peer(trainer)
         return logits * float("nan") if step.step == 6 and fault == "not finite" else logits
 
+    trainer.train_step.norm_check.reads = False  # as on one GPU, where it would have to wait
     monkeypatch.setattr(trainer.train_step, "_update", update)
     trainer.model.fault = forward
     with pytest.raises((Lost, RunError)):

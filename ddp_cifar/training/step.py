@@ -6,6 +6,7 @@ also in a short last batch.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -21,13 +22,13 @@ from ddp_cifar.data.batch_plan import BatchPlan
 from ddp_cifar.data.loader import MicroBatch, StepBatch
 from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import UserError
-from ddp_cifar.log import log
 from ddp_cifar.models.weights import load_weights
 from ddp_cifar.run.checkpoint_file import State
 from ddp_cifar.seeding import seed_dropout
 from ddp_cifar.training.buffers import BufferMean, sum_rows
 from ddp_cifar.training.loss import TrainingLoss
 from ddp_cifar.training.metrics import TrainMetrics
+from ddp_cifar.training.nonfinite import NormCheck, first_nonfinite
 from ddp_cifar.training.optim import averages_weights, effective_lr, load_optimizer_state, start_training
 from ddp_cifar.training.precision import autocast
 from ddp_cifar.training.schedule import Schedule
@@ -81,6 +82,9 @@ class TrainStep:
         self.waits_for_sums = config.checkpoint.on_failure and world.device.type == "cuda" and world.world_size > 1
         self.step, self.lr = 0, 0.0
         """The number of completed steps before the current one, and its learning rate."""
+        self.batch: Iterable[MicroBatch] = ()  # of the current step
+        # with fp16, a scaled gradient may overflow
+        self.norm_check = NormCheck(config.train, world, enabled=precision != "fp16", waits=self.waits_for_sums)
         # scales the loss so that small fp16 gradients do not vanish, and skips updates that overflow
         self.scaler = GradScaler(world.device.type, enabled=precision == "fp16")
         self.ema: AveragedModel | None = None
@@ -104,7 +108,7 @@ class TrainStep:
         Returns () float32, on the device: the gradient's norm before clipping. `metrics` counts losses and times. All of the
         step's exchanges between ranks are here: if one of them fails, weights and optimizer state are those of the last step.
         """
-        self.step, self.lr = step, self.schedule.before_step(step)
+        self.step, self.lr, self.batch = step, self.schedule.before_step(step), batch
         self.begin(self.plan.shares(batch.num_images))
         self.zero_grad()
         last = len(batch) - 1
@@ -176,20 +180,26 @@ class TrainStep:
     def update(self, norm: Tensor, metrics: TrainMetrics) -> bool:
         """Update the weights with the gradients of the step, whose norm is `norm`.
 
-        Returns False if `train.on_nonfinite=skip` skips the update. An update that the fp16 scaler skips counts as True.
+        Returns False if `train.on_nonfinite=skip` skips the update. An update that the fp16 scaler skips counts as True. Raises
+        `Failed` on every rank if the norm is not finite and the run has to stop, unless it is only found later.
         """
-        skips = self.config.train.on_nonfinite == "skip" and not self.scaler.is_enabled()
-        updates = not (skips and not torch.isfinite(norm))
+        updates = self.norm_check.allows_update(norm, self.step + 1, self.replay)
         with metrics.timer.phase("optimizer"):
             if updates:
                 self._update(norm)
             else:
-                log.warning(
-                    f"step {self.step + 1}: the gradient norm is {norm:g}; skipping the update (train.on_nonfinite=skip)"
-                )
                 self.buffers.undo_step()
             self.buffers.end_step()
         return updates
+
+    def replay(self) -> Iterator[str]:
+        """Run the micro-batches of the step again, bitwise the same unless compiled; yield which layer is not finite, or ""."""
+        for batch in self.batch:
+            seed_dropout(self.world.device, self.config.seed, self.step, batch.index)
+            self.buffers.undo_step()
+            loss = functools.partial(self.loss, targets=batch.targets)
+            text = first_nonfinite(self.model, batch.images, loss, self.autocast())
+            yield f"{text}, in micro-batch {batch.index + 1} on rank {self.world.rank}" if text else ""
 
     def _update(self, norm: Tensor) -> None:
         if self.config.train.clip_norm is not None:
@@ -211,7 +221,7 @@ class TrainStep:
         return logits
 
     def autocast(self) -> torch.autocast:
-        """Return the context that sets the precision of forward passes."""
+        """Return the context for the precision of forward passes."""
         return autocast(self.precision, self.world.device)
 
     def zero_grad(self) -> None:

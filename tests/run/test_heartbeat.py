@@ -75,7 +75,8 @@ def test_a_rank_that_is_lost_some_time_after_the_last_progress_is_found(
             (tmp_path / "rank_1").write_text(json.dumps(dataclasses.asdict(sign)))
             time.sleep(0.02)
         assert not left
-        time.sleep(2.5)
+        while not left and time.monotonic() - started < 20:
+            time.sleep(0.1)
     assert left[0].startswith("no heartbeat from rank 1 (another host, pid 101, at step 0) for 2 s")
 
 
