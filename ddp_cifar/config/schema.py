@@ -388,8 +388,9 @@ class TrainConfig:
     """Number of steps between fingerprints (hashes) of the weights. They are compared across ranks and written to
     metrics.jsonl, where ddp_cifar.compare reads them. Every epoch's end also has one. null: only at the end of an epoch."""
     straggler_factor: float | None = setting(2.0, above=1, role="non_result")
-    """Warn once about a rank whose local work took this many times as long as that of the other ranks in two consecutive
-    intervals of `log_every` steps. null: no warning."""
+    """Warn about a rank whose local work (data, forward, update) took this many times as long as that of the other ranks in
+    two consecutive intervals of `log_every` steps, and about an exchange between ranks that took this many times as long
+    as before. A line says when it is over and what it cost. null: no warning."""
 
     def __post_init__(self) -> None:
         if self.label_smoothing and self.loss != "cross_entropy":

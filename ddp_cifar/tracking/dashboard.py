@@ -13,6 +13,7 @@ from ddp_cifar.run.environment import versions
 from ddp_cifar.run.run_dir import Start
 from ddp_cifar.tracking import summaries
 from ddp_cifar.tracking.base import Tracker
+from ddp_cifar.tracking.rank_times import RankTimes
 
 MAX_LOGITS = 50_000_000
 """The most logits (images times classes) for which an evaluation has pictures. They use 200 MB of memory per rank."""
@@ -31,6 +32,8 @@ class Dashboard:
         self.classes = dataset.classes
         self.split_name = "test" if dataset.test else "val"
         self.split = dataset.test or dataset.val
+        self.hosts: Sequence[str] = ()
+        """The host of each rank, if it is known."""
 
     def show_start(
         self,
@@ -45,6 +48,7 @@ class Dashboard:
         `places` has the host and device of each rank. `starts` has all starts of the run, including this one.
         """
         show, tracking = self.tracker.show, self.config.tracking
+        self.hosts = [host for host, _ in places]
         show(summaries.add_layout)
         show(lambda board: summaries.add_config(board, self.config, step))
         show(lambda board: summaries.add_environment(board, versions(), places, step))
@@ -70,19 +74,28 @@ class Dashboard:
 
         The result is equal on all ranks.
         """
-        every = self.config.tracking.pictures_every
-        is_due = every is not None and (is_last or epoch % every == 0)
+        is_due = self._has_pictures(epoch, is_last)
         if not is_due or self.split is None or len(self.split) * len(self.classes) > MAX_LOGITS:
             return ""
         return self.split_name
 
-    def show_evaluation(self, logits: Tensor, step: int) -> None:
-        """Show the predictions for the split, from its (N, classes) logits, summed over ranks."""
+    def _has_pictures(self, epoch: int, is_last: bool) -> bool:
+        every = self.config.tracking.pictures_every
+        return every is not None and (is_last or epoch % every == 0)
+
+    def show_evaluation(self, logits: Tensor | None, step: int) -> None:
+        """Show the predictions for the split, from its (N, classes) logits, summed over ranks; None: not due."""
         name, split, classes = self.split_name, self.split, self.classes
-        assert split is not None
+        if logits is None or split is None:
+            return
         for add in (summaries.add_confusion, summaries.add_wrong_images, summaries.add_curves):
             show = functools.partial(add, name=name, split=split, logits=logits, classes=classes, step=step)
             self.tracker.show(show)
+
+    def show_ranks(self, times: RankTimes, epoch: int, step: int, *, is_last: bool) -> None:
+        """Show the times of each rank after epoch `epoch` (from 1), if pictures are due and there are several ranks."""
+        if times.num_ranks > 1 and self._has_pictures(epoch, is_last):
+            self.tracker.show(lambda board: summaries.add_rank_times(board, times, self.hosts, step))
 
     def show_projector(self, model: nn.Module, normalization: Normalization, step: int) -> None:
         """Show the features of the split's first images, if `tracking.projector` is true. Call it at the end of a run."""

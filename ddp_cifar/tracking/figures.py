@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from ddp_cifar.tracking.quality import Quality
+from ddp_cifar.tracking.rank_times import RankTimes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +23,12 @@ MAX_CLASSES = 20
 
 MAX_NAMES = 60
 """The most classes for which the confusion matrix has names."""
+
+MAX_HOSTS = 32
+"""The most ranks for which the picture of their times names the hosts."""
+
+PANELS = ("data", "forward", "update", "backward, with the wait for slower ranks")
+"""The panels of the picture of the ranks' times."""
 
 
 def plain(classes: Sequence[str]) -> list[str]:
@@ -79,6 +86,42 @@ def confusion_figure(quality: Quality, classes: Sequence[str]) -> "Figure":
                 if count:
                     color = "white" if shares[i, j] > 0.5 else "black"
                     axes.text(j, i, str(count), ha="center", va="center", fontsize=8, color=color)
+    return figure
+
+
+def rank_times_figure(times: RankTimes, hosts: Sequence[str]) -> "Figure":
+    """Return a heat map for each phase: ranks downwards, rows of scalars to the right.
+
+    `hosts` has the host of each rank, or nothing. The color scale ends at three times the median, so that a slow rank is dark
+    and the others are light.
+    """
+    from matplotlib.figure import Figure  # imported here, as the import is slow; not pyplot, which needs a display
+
+    num_ranks, steps = times.num_ranks, list(times.steps)
+    height = min(5.0, max(1.5, 0.2 * num_ranks))
+    figure = Figure(figsize=(14, 2 * height + 1.5), dpi=100, layout="constrained")
+    rows = figure.subplots(2, 2, sharex=True, sharey=True)
+    bottom = len(times.columns[-1]) * times.ranks_per_band - 0.5
+    ticks = range(0, len(steps), -(-len(steps) // 6))
+    for axes, title, values in zip(rows.flat, PANELS, times.panels(), strict=True):
+        end = max(1.0, 3 * float(np.median(values)))
+        extent = (-0.5, len(steps) - 0.5, bottom, -0.5)
+        picture = axes.imshow(
+            values, cmap="Blues", vmin=0, vmax=end, aspect="auto", interpolation="nearest", extent=extent
+        )
+        figure.colorbar(picture, label="ms per step", extend="max")
+        axes.set_title(title)
+        axes.set_xticks(ticks, [str(steps[tick]) for tick in ticks])
+    for axes in rows[1]:
+        axes.set_xlabel("step")
+    for axes in rows[:, 0]:
+        if num_ranks <= MAX_HOSTS:
+            names = [f"rank {rank} ({host})" for rank, host in enumerate(hosts)] or [
+                f"rank {i}" for i in range(num_ranks)
+            ]
+            axes.set_yticks(range(num_ranks), plain(names), parse_math=False)
+        else:
+            axes.set_ylabel("rank" if times.ranks_per_band == 1 else f"rank (slowest of {times.ranks_per_band})")
     return figure
 
 

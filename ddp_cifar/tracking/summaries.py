@@ -16,8 +16,17 @@ from ddp_cifar.data.dataset import Split
 from ddp_cifar.data.loader import TrainLoader
 from ddp_cifar.data.normalization import Normalization
 from ddp_cifar.run.run_dir import Start
-from ddp_cifar.tracking.figures import MAX_CLASSES, as_rgb, captioned_grid, confusion_figure, pixels, plain
+from ddp_cifar.tracking.figures import (
+    MAX_CLASSES,
+    as_rgb,
+    captioned_grid,
+    confusion_figure,
+    pixels,
+    plain,
+    rank_times_figure,
+)
 from ddp_cifar.tracking.quality import Quality
+from ddp_cifar.tracking.rank_times import RankTimes
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -46,7 +55,7 @@ LAYOUT = {
         "images per second, total and per rank": ["train/images_per_s", "train/rank_images_per_s"],
         "seconds per step by phase": ["time/data_s", "time/forward_s", "time/backward_s", "time/optimizer_s"],
         "seconds of local work per step, slowest and fastest rank": ["time/slowest_rank_s", "time/fastest_rank_s"],
-        "peak memory, MB": ["run/peak_memory_mb"],
+        "peak memory, MB, rank 0 and largest": ["run/peak_memory_mb", "run/max_peak_memory_mb"],
     },
     "4. Restarts": {
         "goodput": ["run/goodput"],
@@ -188,6 +197,11 @@ def add_curves(
     shares, labels = logits.float().cpu().softmax(1), split.labels.cpu()
     for label, class_name in enumerate(plain(classes[:MAX_CLASSES])):
         board.add_pr_curve(f"{name}/pr/{class_name}", (labels == label).numpy(), shares[:, label].numpy(), step)
+
+
+def add_rank_times(board: "SummaryWriter", times: RankTimes, hosts: Sequence[str], step: int) -> None:
+    """Add the times of each rank in the last rows. `hosts` has the host of each rank, or nothing."""
+    board.add_image("time/ranks", pixels(rank_times_figure(times, hosts)), step, dataformats="HWC")
 
 
 def add_projector(

@@ -19,6 +19,9 @@ from ddp_cifar.training.totals import ImageCounter, Totals, sample_hashes
 
 T = TypeVar("T")
 
+PHASES = ("data", "forward", "backward", "optimizer")
+"""The phases of a step."""
+
 
 class Span:
     """The steps and images since this object was created."""
@@ -38,12 +41,13 @@ class Span:
 
 
 class PhaseTimer:
-    """Adds up the seconds of named phases. On CUDA it records events on the stream, so nothing waits."""
+    """Times the named phases of each step. On CUDA it records events on the stream, so nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.seconds: list[dict[str, float]] = [defaultdict(float)]
+        """The seconds of each phase, for each step since the last row. On CUDA, `read` adds those of `events`."""
+        self.events: list[tuple[dict[str, float], str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -53,11 +57,11 @@ class PhaseTimer:
             start.record()
             yield
             end.record()
-            self.events.append((name, start, end))
+            self.events.append((self.seconds[-1], name, start, end))
         else:
             started = time.perf_counter()
             yield
-            self.seconds[name] += time.perf_counter() - started
+            self.seconds[-1][name] += time.perf_counter() - started
 
     def timed(self, name: str, items: Iterable[T]) -> Iterator[T]:
         """Yield the same items, and time how long each one takes to produce."""
@@ -69,14 +73,18 @@ class PhaseTimer:
                 return
             yield item
 
-    def read(self) -> dict[str, float]:
-        """Return the seconds per phase since the last call. On CUDA it waits for the device."""
-        for name, start, end in self.events:
+    def end_step(self) -> None:
+        """Count the next phases to another step."""
+        self.seconds.append(defaultdict(float))
+
+    def read(self) -> list[dict[str, float]]:
+        """Return the seconds per phase of each step completed since the last call. On CUDA it waits for the device."""
+        for step, name, start, end in self.events:
             end.synchronize()
-            self.seconds[name] += start.elapsed_time(end) / 1000  # milliseconds
+            step[name] += start.elapsed_time(end) / 1000  # milliseconds
         self.events.clear()
-        seconds, self.seconds = dict(self.seconds), defaultdict(float)
-        return seconds
+        steps, self.seconds = self.seconds[:-1], [defaultdict(float)]
+        return steps
 
 
 def peak_memory(device: torch.device) -> int:
@@ -87,11 +95,18 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Work(NamedTuple):
-    """The local work of a rank per step, without waits for other ranks, scaled to the average number of micro-batches."""
+    """A rank's mean seconds per step in each phase of a row.
 
-    seconds: float
+    Data and forward are scaled to the average number of micro-batches, as a rank that has one more than others is not slow.
+    """
+
     data_s: float
-    """The part of `seconds` spent on preparing the batch."""
+    forward_s: float
+    optimizer_s: float
+    backward_s: float
+    """Computation, the exchange of gradients, and the wait for slower ranks."""
+    least_backward_s: float
+    """The least `backward_s` of a single step."""
 
 
 class TrainMetrics:
@@ -127,6 +142,7 @@ class TrainMetrics:
     def add_step(self, grad_norm: Tensor, batch: StepBatch) -> None:
         """Count a completed step. Does not wait for the device."""
         self.norms.append(grad_norm)
+        self.timer.end_step()
         for span in (self.epoch, self.window):
             span.steps += 1
             span.images += batch.num_images
@@ -154,7 +170,7 @@ class TrainMetrics:
         return not (self.finite_losses and counts.nonfinite) and all(map(math.isfinite, norms))
 
     def window_row(self) -> tuple[dict[str, float], Work]:
-        """Return the scalars of the steps since the last row (or the start of the epoch), and this rank's local work in them.
+        """Return the scalars of the steps since the last row (or the start of the epoch), and this rank's times in them.
 
         Waits for the device; every rank must call it. Raises `Failed` as `flush` does.
         """
@@ -163,10 +179,10 @@ class TrainMetrics:
         progress.train += totals
         progress.window = Totals()
         seconds, steps = self.window.seconds, self.window.steps
-        phases = {name: total / steps for name, total in self.timer.read().items()}
-        # a rank that has one micro-batch more than the others is not slow
+        times = self.timer.read()
+        data, forward, backward, optimizer = (sum(step[name] for step in times) / steps for name in PHASES)
         scale = self.window.micro_batches / self.world.world_size / self.window.passes
-        work = Work((phases["data"] + phases["forward"]) * scale + phases["optimizer"], phases["data"] * scale)
+        work = Work(data * scale, forward * scale, optimizer, backward, min(step["backward"] for step in times))
         images_per_s = self.window.images / seconds
         return {
             "train/loss": totals.mean_loss,
@@ -175,10 +191,10 @@ class TrainMetrics:
             "train/images_per_s": images_per_s,
             "train/rank_images_per_s": images_per_s / self.world.world_size,
             "time/step_s": seconds / steps,
-            "time/data_s": phases["data"],
-            "time/forward_s": phases["forward"],
-            "time/backward_s": phases["backward"],
-            "time/optimizer_s": phases["optimizer"],
+            "time/data_s": data,
+            "time/forward_s": forward,
+            "time/backward_s": backward,
+            "time/optimizer_s": optimizer,
             "run/peak_memory_mb": peak_memory(self.world.device) / 1e6,
         }, work
 

@@ -1,40 +1,16 @@
-"""The exchange between ranks during training: requests to stop, save or profile, fingerprints, and local work times."""
+"""The exchange between ranks during training: requests to stop, save or profile, fingerprints, times and memory."""
 
-import socket
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ddp_cifar.config import Config
 from ddp_cifar.distributed.world import World
-from ddp_cifar.log import log
-from ddp_cifar.run.stopping import ALL_RANKS, REASONS, ProfileRequest, Requests
-from ddp_cifar.training.metrics import Work
-
-STRAGGLER_FLOOR_US = 1000
-"""The least delay of a straggler, in microseconds per step."""
-
-
-class RankStatus(NamedTuple):
-    """The integers that a rank sends to the others every `train.agree_every` steps."""
-
-    reason: int = 0
-    """The reason to stop: an index into `REASONS`."""
-    save: int = 0
-    """1 if a checkpoint was requested."""
-    fingerprint: int = 0
-    """The fingerprint of the weights at the last step at which it was due."""
-    row_step: int = 0
-    """The step of the last row of scalars."""
-    local_work_us: int = 0
-    """Microseconds of local work per step (`Work.seconds`) in that row."""
-    data_us: int = 0
-    """The part of `local_work_us` spent on preparing the batch (`Work.data_s`)."""
-    profile_steps: int = 0
-    """The number of steps to profile (`ProfileRequest`), which rank 0 sends once."""
-    profile_rank: int = ALL_RANKS
-    """The rank that records them."""
+from ddp_cifar.run.stopping import REASONS, ProfileRequest, Requests
+from ddp_cifar.tracking.rank_times import RankTimes
+from ddp_cifar.training.metrics import Work, peak_memory
+from ddp_cifar.training.rank_status import RankStatus
+from ddp_cifar.training.stragglers import Stragglers
 
 
 class Decision(NamedTuple):
@@ -86,16 +62,17 @@ class RankExchange:
     def __init__(self, world: World, config: Config) -> None:
         self.world = world
         self.every_minutes = config.checkpoint.every_minutes
-        self.straggler_factor = config.train.straggler_factor
         self.requests = Requests()
         self.agreement = Agreement(world, config.train.agree_every)
         self.status = RankStatus()
         self.saved_at = time.perf_counter()
         """The time at which a checkpoint was last saved, or last became due by `checkpoint.every_minutes`."""
-        self.work_us: list[int] = []
-        """`RankStatus.local_work_us` of each rank at the last exchange."""
-        self.slow_since: dict[int, int] = {}
-        self.reported: set[int] = set()
+        self.row_step = 0
+        self.last_row: Sequence[RankStatus] = ()
+        """The status of each rank after the last row of scalars that has arrived, and the row's step."""
+        self.stragglers = Stragglers(world.rank, world.world_size, config.train.straggler_factor)
+        self.times = RankTimes()
+        """The times of all ranks in the last rows, on rank 0."""
 
     def poll(self) -> Decision:
         """Return the next decision. Every rank must call it after each step and each evaluation batch."""
@@ -103,8 +80,7 @@ class RankExchange:
         if not arrived:
             return Decision()
         statuses = [RankStatus(*numbers) for numbers in arrived]
-        self.work_us = [status.local_work_us for status in statuses if status.row_step]
-        self._warn_of_stragglers(statuses)
+        self._observe(statuses)
         reasons = [(rank, REASONS[status.reason]) for rank, status in enumerate(statuses) if status.reason]
         stop = ""
         if reasons:
@@ -115,11 +91,15 @@ class RankExchange:
 
     def compare_now(self) -> list[int]:
         """Return the ranks whose last fingerprint differs, at the end of the run. Every rank must call it."""
-        return differing_ranks([RankStatus(*numbers) for numbers in self.world.gather(self.status)])
+        statuses = [RankStatus(*numbers) for numbers in self.world.gather(self.status)]
+        self._observe(statuses)
+        return differing_ranks(statuses)
 
     def finish(self) -> None:
-        """Wait for the pending exchange."""
-        self.agreement.finish()
+        """Wait for the pending exchange, and report what is still slow. Call it at the end of a run."""
+        if arrived := self.agreement.finish():
+            self._observe([RankStatus(*numbers) for numbers in arrived])
+        self.stragglers.finish()
 
     def saved(self) -> None:
         """Note that a checkpoint is saved now. The next one is due after `checkpoint.every_minutes`."""
@@ -142,35 +122,37 @@ class RankExchange:
         self.status = self.status._replace(fingerprint=value)
 
     def set_work(self, step: int, work: Work) -> None:
-        """Set the local work time of the row of scalars at `step`."""
-        local_work_us, data_us = round(work.seconds * 1e6), round(work.data_s * 1e6)
-        self.status = self.status._replace(row_step=step, local_work_us=local_work_us, data_us=data_us)
+        """Set the times of the row of scalars at `step`, and the memory."""
+        self.status = self.status._replace(
+            row_step=step,
+            data_us=round(work.data_s * 1e6),
+            forward_us=round(work.forward_s * 1e6),
+            optimizer_us=round(work.optimizer_s * 1e6),
+            backward_us=round(work.backward_s * 1e6),
+            least_backward_us=round(work.least_backward_s * 1e6),
+            peak_memory_mb=round(peak_memory(self.world.device) / 1e6),
+        )
 
     def scalars(self) -> dict[str, float]:
-        """Return the local work per step of the slowest and the fastest rank, in seconds."""
-        if not self.work_us:
+        """Return the local work per step of the slowest and the fastest rank, in seconds, and the largest memory in MB."""
+        if not self.last_row:
             return {}
-        return {"time/slowest_rank_s": max(self.work_us) / 1e6, "time/fastest_rank_s": min(self.work_us) / 1e6}
+        work_us = [status.local_work_us for status in self.last_row]
+        return {
+            "time/slowest_rank_s": max(work_us) / 1e6,
+            "time/fastest_rank_s": min(work_us) / 1e6,
+            "run/max_peak_memory_mb": max(status.peak_memory_mb for status in self.last_row),
+        }
 
-    def _warn_of_stragglers(self, statuses: Sequence[RankStatus]) -> None:
-        """Warn, once per rank, about a rank whose local work took much longer than the others' in the same steps."""
-        factor = self.straggler_factor
-        if factor is None or self.world.world_size == 1 or len({status.row_step for status in statuses}) > 1:
+    def _observe(self, statuses: Sequence[RankStatus]) -> None:
+        """Use the times of the ranks' last row, once for each row."""
+        step = statuses[0].row_step
+        if step <= self.row_step or any(status.row_step != step for status in statuses):
             return
-        row_step = statuses[0].row_step
-        for rank, status in enumerate(statuses):
-            others = statistics.median(other.local_work_us for i, other in enumerate(statuses) if i != rank)
-            if status.local_work_us <= max(factor * others, others + STRAGGLER_FLOOR_US):
-                self.slow_since.pop(rank, None)
-            elif self.slow_since.setdefault(rank, row_step) < row_step and rank not in self.reported:
-                # only after two consecutive rows: a single row may be slow by accident
-                self.reported.add(rank)
-                if rank == self.world.rank:
-                    log.warning(
-                        f"this rank, on {socket.gethostname()}, is slow and delays all ranks: up to step {status.row_step} its "
-                        f"local work took {status.local_work_us / 1000:.1f} ms per step ({status.data_us / 1000:.1f} ms for "
-                        f"data); the other ranks took {others / 1000:.1f} ms, for an average number of micro-batches"
-                    )
+        self.row_step, self.last_row = step, statuses
+        self.stragglers.add(statuses)
+        if self.world.is_main:
+            self.times.add(step, [(s.data_us, s.forward_us, s.optimizer_us, s.backward_us) for s in statuses])
 
 
 def differing_ranks(statuses: Sequence[RankStatus]) -> list[int]:

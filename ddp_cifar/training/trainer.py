@@ -178,14 +178,14 @@ class Trainer:
             self.log_row(row)
             progress.end_epoch(is_whole=is_whole)
         log.info(epoch_line(row, "" if is_whole else f" (to step {progress.step})"))
-        if logits is not None:
-            self.dashboard.show_evaluation(logits, progress.step)
+        self.dashboard.show_evaluation(logits, progress.step)
         if not is_last and progress.ends_early(config):
             is_last = True
             log.info(f"ending early: no better validation accuracy since step {progress.best_step}")
         if is_last:
             self.dashboard.show_projector(self.evaluator.model, self.train_loader.normalization, progress.step)
             self.fail_if_diverged(self.ranks.compare_now())  # no later exchange compares the last fingerprints
+        self.dashboard.show_ranks(self.ranks.times, number, progress.step, is_last=is_last)
         if is_last or is_best or self.save_due or due(number, config.checkpoint.every_epochs):
             self.save()
 
