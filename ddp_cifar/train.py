@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     from ddp_cifar.distributed.rendezvous import open_world
     from ddp_cifar.run.checkpoint_store import Checkpoints
     from ddp_cifar.run.environment import device_name
-    from ddp_cifar.run.events import catch_crashes
+    from ddp_cifar.run.events import recording_crashes
     from ddp_cifar.run.heartbeat import Heartbeat
     from ddp_cifar.run.resume import check_same_run, find_checkpoint
     from ddp_cifar.run.signs import read_sign
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         timeouts = config.train.hang_timeout_s, config.train.silent_timeout_s
         heartbeat = stack.enter_context(Heartbeat(run_dir.heartbeats, run_dir.logs, world, *timeouts))
         log.addHandler(heartbeat.events)
-        catch_crashes(run_dir.rank_log(world.rank).with_suffix(".crash"))
+        stack.enter_context(recording_crashes(run_dir.rank_log(world.rank).with_suffix(".crash")))
         record_run_dir(run_dir.path)
         set_up_kernels(config.train, world)
 

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO
 
 from ddp_cifar.distributed.collectives import Collective, is_library, recent_collectives, short_name
 from ddp_cifar.errors import first_line
@@ -119,18 +118,20 @@ def place_of_main_thread() -> str:
     return text
 
 
-_crash_files: list[IO[str]] = []
-
-
-def catch_crashes(path: Path) -> None:
-    """If this process crashes in C++ code, write the signal and the Python stacks to the file."""
-    with contextlib.suppress(OSError):
-        _crash_files.append(open(path, "w"))  # noqa: SIM115 - open until the process exits
-        faulthandler.enable(_crash_files[-1])
+@contextlib.contextmanager
+def recording_crashes(path: Path) -> Iterator[None]:
+    """If this process crashes in C++ code in the body, write the signal and the Python stacks to the file."""
+    with open(path, "w") as file:
+        faulthandler.enable(file)
+        try:
+            yield
+        finally:
+            faulthandler.enable()  # to stderr
+            path.unlink(missing_ok=True)
 
 
 def read_crash(path: Path) -> str:
-    """Return `Segmentation fault, in torch/x.py:12 (f)` from a file of `catch_crashes`; "" if the process has not crashed."""
+    """Return `Segmentation fault, in torch/x.py:12 (f)` from a file of `recording_crashes`; "" if the process has not crashed."""
     with contextlib.suppress(OSError, ValueError):
         lines = read_text(path).splitlines()
         if lines and lines[0].startswith("Fatal Python error: "):

@@ -41,7 +41,7 @@ def test_what_gloo_prints_when_a_group_opens_is_not_on_stdout(
     """Before torch 2.11, gloo prints. An alpha of 2.11 may be older than the change."""
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
     monkeypatch.setattr(dist, "new_group", lambda **_: os.write(1, b"[Gloo] connected"))
-    open_group("gloo", timedelta(seconds=1))
+    open_group("gloo", timedelta(seconds=1), "test")
     os.write(1, b"a row")
     out, err = capfd.readouterr()
     assert out == ("a row" if is_redirected else "[Gloo] connecteda row")
