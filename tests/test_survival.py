@@ -23,7 +23,7 @@ from ddp_cifar.errors import FaultyReplica, RunError, UserError
 from ddp_cifar.log import log
 from ddp_cifar.run.checkpoint_file import digest, load_checkpoint
 from ddp_cifar.run.checkpoint_store import Checkpoints, NullCheckpoints
-from ddp_cifar.run.heartbeat import Heartbeat
+from ddp_cifar.run.heartbeat import Heartbeat, NullHeartbeat
 from ddp_cifar.run.resume import find_checkpoint
 from ddp_cifar.run.stopping import Requests
 from ddp_cifar.training.metrics import TrainMetrics
@@ -571,6 +571,16 @@ def test_survivors_that_differ_save_nothing(tmp_path: Path, caplog: Any, monkeyp
     checkpoints.save_as_survivor(state, 4, 0)
     assert [path.name for path in checkpoints.paths()] == ["step_00000003.pt"]
     assert "step_00000004.pt was removed: the ranks that are left have different states" in caplog.text
+
+
+def test_threads_that_end_the_process_wait_for_the_save_of_the_main_thread(alone: World, monkeypatch: Any) -> None:
+    """torchrun may exit, or a peer be found dead, while the main thread saves because of an exception."""
+    survivor, requests = faulty_trainer(alone).survivor, Requests()
+    called: list[object] = []
+    monkeypatch.setattr(survivor, "save", lambda: called.append(requests._before_leaving))
+    with pytest.raises(Lost), survivor.on_guard(NullHeartbeat(), requests):
+        raise Lost
+    assert called == [survivor.save]
 
 
 @pytest.mark.parametrize("later_first", [True, False])

@@ -1,7 +1,7 @@
 """Gradients that are not finite: the decision to skip the update or to stop, and the first layer that is not finite."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ddp_cifar.config import TrainConfig
 from ddp_cifar.distributed.world import World
+from ddp_cifar.errors import first_line
 from ddp_cifar.log import log
 from ddp_cifar.training.progress import Failed
 
@@ -26,37 +27,54 @@ class NormCheck:
         self.reads = enabled and (mode == "skip" or waits or world.device.type != "cuda")
         self._names_layer = True
 
-    def allows_update(self, norm: Tensor, step: int, replay: Callable[[], Iterable[str]]) -> bool:
+    def allows_update(
+        self, norm: Tensor, step: int, replay: Callable[[], Iterable[str]], gradients: Iterable[Tensor]
+    ) -> bool:
         """Return False if the update of step `step` must be skipped. Every rank must call it.
 
-        `replay` runs this rank's micro-batches again and yields which layer of each is not finite. Raises `Failed` if the run
-        has to stop.
+        `norm` is that of `gradients`. `replay` runs this rank's micro-batches again and yields which layer of each is not
+        finite. Raises `Failed` if the run has to stop.
         """
         if not self.reads or torch.isfinite(norm):
             return True
         problem = f"the gradient of step {step} is not finite ({norm:g})"
         if self._names_layer:
             self._names_layer = False  # only once, as it takes the time of a step
-            found = self.world.gather_objects(next(filter(None, replay()), ""))
-            problem += (
-                f": {next(filter(None, found), 'a second pass over the same images is finite: a device may be faulty')}"
-            )
+            found = self.world.gather_objects(_first_problem(replay))
+            problem += f": {next(filter(None, found), '') or self._without_layer(gradients)}"
         if self.mode == "stop":
             raise Failed(problem)
         log.warning(f"{problem}; skipping the update (train.on_nonfinite=skip)")
         return False
+
+    def _without_layer(self, gradients: Iterable[Tensor]) -> str:
+        """Say why no layer is to blame."""
+        if all(bool(gradient.isfinite().all()) for gradient in gradients):
+            return "its values are finite, but too large for their norm"
+        return (
+            "a second pass over the same images is finite; comm.hook, train.compile or a faulty device may be the cause"
+        )
+
+
+def _first_problem(replay: Callable[[], Iterable[str]]) -> str:
+    """The first problem that `replay` finds. An exception, such as for lack of memory, must not keep the other ranks waiting."""
+    try:
+        return next(filter(None, replay()), "")
+    except Exception as error:
+        return f"the second pass over the same images failed ({type(error).__name__}: {first_line(error)})"
 
 
 def first_nonfinite(
     model: nn.Module,
     images: Tensor,
     loss: Callable[[Tensor], Tensor],
+    scale: float,
     precision: AbstractContextManager[object],
 ) -> str:
     """Name the first layer of a forward and backward pass over (B, C, H, W) images that is not finite; "" if all are.
 
-    `loss` returns the (B,) losses of (B, classes) float32 logits. Layers run in `precision`. No gradient is kept; buffers change
-    as in training.
+    `loss` returns the (B,) losses of (B, classes) float32 logits. The backward pass is that of their sum times `scale`. Layers
+    run in `precision`. No gradient is kept; buffers change as in training.
     """
     found = _Layers(model)
     if problem := _count(images):
@@ -71,7 +89,7 @@ def first_nonfinite(
     if problem := _count(losses):
         return f"the loss of {problem} images is not finite, although their logits are"
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    gradients = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
+    gradients = torch.autograd.grad(losses.sum() * scale, list(trained.values()), allow_unused=True)
     if found.text:
         return found.text
     for (name, _), gradient in zip(trained.items(), gradients, strict=True):
@@ -111,12 +129,19 @@ class _Layers:
                 self.text = f"the input of {name} is not finite, but the outputs of all layers before it are"
             else:
                 self.text = f"{problem} of the output of {name} are not finite, although its input is"
-        elif output.requires_grad:
-            output.register_hook(lambda gradient: self._after_backward(name, gradient))
+        elif output.grad_fn is not None:
+            output.grad_fn.register_hook(lambda results, received: self._after_backward(name, results, received))
 
-    def _after_backward(self, name: str, gradient: Tensor) -> None:
-        if not self.text and (problem := _count(gradient)):
-            self.text = f"in the backward pass, {problem} of the gradient of the output of {name} are not finite"
+    def _after_backward(self, name: str, results: Sequence[Tensor | None], received: Sequence[Tensor | None]) -> None:
+        """Look at the gradients that a layer's last operation has `received`, and at those that it passes on (`results`)."""
+        if self.text:
+            return
+        if any(_count(gradient) for gradient in received if gradient is not None):
+            self.text = (
+                f"in the backward pass, the gradient that reaches {name} is not finite, but no layer after it is named"
+            )
+        elif problems := [_count(gradient) for gradient in results if gradient is not None and _count(gradient)]:
+            self.text = f"in the backward pass, {problems[0]} of a gradient from {name} are not finite"
 
     def _name(self, module: nn.Module) -> str:
         kind = type(module).__name__

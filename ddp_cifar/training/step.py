@@ -109,6 +109,8 @@ class TrainStep:
         step's exchanges between ranks are here: if one of them fails, weights and optimizer state are those of the last step.
         """
         self.step, self.lr, self.batch = step, self.schedule.before_step(step), batch
+        # DDP divides the sum over ranks by their number, but num_images is a total over ranks; the tree does not divide
+        self.loss_scale = (1 if self.tree else self.world.world_size) / batch.num_images
         self.begin(self.plan.shares(batch.num_images))
         self.zero_grad()
         last = len(batch) - 1
@@ -146,8 +148,7 @@ class TrainStep:
             metrics.counter.add(losses.detach(), logits.detach(), micro_batch.labels, micro_batch.sample_ids)
         with metrics.timer.phase("backward"):  # includes the wait for other ranks
             finish_sums = self.start_reducing(metrics) if is_last else None
-            # DDP divides the sum over ranks by their number, but step_images is a total over ranks; the tree does not divide
-            loss = losses.sum() * ((1 if self.tree else self.world.world_size) / step_images)
+            loss = losses.sum() * self.loss_scale
             self.scaler.scale(loss).backward()
             if finish_sums:
                 finish_sums()
@@ -183,7 +184,8 @@ class TrainStep:
         Returns False if `train.on_nonfinite=skip` skips the update. An update that the fp16 scaler skips counts as True. Raises
         `Failed` on every rank if the norm is not finite and the run has to stop, unless it is only found later.
         """
-        updates = self.norm_check.allows_update(norm, self.step + 1, self.replay)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        updates = self.norm_check.allows_update(norm, self.step + 1, self.replay, gradients)
         with metrics.timer.phase("optimizer"):
             if updates:
                 self._update(norm)
@@ -198,7 +200,7 @@ class TrainStep:
             seed_dropout(self.world.device, self.config.seed, self.step, batch.index)
             self.buffers.undo_step()
             loss = functools.partial(self.loss, targets=batch.targets)
-            text = first_nonfinite(self.model, batch.images, loss, self.autocast())
+            text = first_nonfinite(self.model, batch.images, loss, self.loss_scale, self.autocast())
             yield f"{text}, in micro-batch {batch.index + 1} on rank {self.world.rank}" if text else ""
 
     def _update(self, norm: Tensor) -> None:

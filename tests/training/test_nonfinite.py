@@ -67,16 +67,45 @@ def spoil_layer(trainer: Trainer) -> None:
     )
 
 
+class SpoiledLayer(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        spoiled: Tensor = Spoiled.apply(values)
+        return spoiled
+
+
+def spoil_gradient_of_a_layer(trainer: Trainer) -> None:
+    trainer.model.first[3] = SpoiledLayer()
+
+
+def enlarge_gradient(trainer: Trainer) -> None:
+    trainer.model.between = lambda values: values * 1e30
+
+
+def fail_in_the_second_pass(trainer: Trainer) -> None:
+    passes = iter([float("nan")] * trainer.plan.num_micro_batches)
+
+    def between(values: Tensor) -> Tensor:
+        return values * next(passes)
+
+    trainer.model.between = between
+
+
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
+        (spoil_gradient_of_a_layer, "of a gradient from layer first.3 (SpoiledLayer) are not finite"),
+        (enlarge_gradient, "its values are finite, but too large for their norm"),
+        (fail_in_the_second_pass, "the second pass over the same images failed (RuntimeError"),
         (
             spoil_layer,
             "of the output of layer first.1 (BatchNorm2d) are not finite, although its input is, in micro-batch 1",
         ),
         (spoil_input, "the input of layer last (Linear) is not finite, but the outputs of all layers before it are"),
         (spoil_weight, "the weights of layer last (Linear) are not finite"),
-        (spoil_gradient, "of the gradient of the output of layer first.3 (Dropout) are not finite"),
+        (
+            spoil_gradient,
+            "the gradient that reaches layer first.3 (Dropout) is not finite, but no layer after it is named",
+        ),
     ],
 )
 def test_the_layer_is_named(alone: World, spoil: Callable[[Trainer], None], named: str) -> None:
@@ -112,5 +141,7 @@ def test_the_second_pass_is_bitwise_the_same_and_a_fault_that_does_not_repeat_is
     for first, second in zip(seen[:passes], seen[passes:], strict=True):
         assert first.equal(second)
     assert any(
-        "a second pass over the same images is finite: a device may be faulty; skipping" in text for text in warnings
+        "a second pass over the same images is finite; comm.hook, train.compile or a faulty device may be the cause; skipping"
+        in text
+        for text in warnings
     )
