@@ -44,8 +44,7 @@ if [ "$nnodes" != 1 ]; then
   head_host=${head%:*} head_host=${head_host#[} head_host=${head_host%]}
   getent ahosts "$head_host" >/dev/null || # not `getent hosts`, which fails for an address without a name
     user_error "$(hostname) cannot resolve the rendezvous host $head_host: fix HEAD=$head, /etc/hosts or DNS"
-  taken=$(python -m ddp_cifar.distributed.ports "$head" || true)
-  [ -z "$taken" ] || user_error "$taken"
+  taken=$(python -m ddp_cifar.distributed.ports "$head" 2>/dev/null) || [ -z "$taken" ] || user_error "${taken##*$'\n'}"
   [ -n "${LOCAL_ADDR:-}" ] || getent ahosts "$(hostname)" >/dev/null ||
     user_error "the host name of this node, $(hostname), does not resolve, so other nodes cannot reach it: fix /etc/hosts or DNS, or set LOCAL_ADDR and GLOO_SOCKET_IFNAME"
 fi

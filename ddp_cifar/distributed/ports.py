@@ -52,4 +52,6 @@ def _is_torchruns(port: int) -> bool:
 
 
 if __name__ == "__main__":
-    print(taken_port(sys.argv[1]), end="")
+    if message := taken_port(sys.argv[1]):
+        print(message)
+        sys.exit(1)
