@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ddp_cifar.distributed.collectives import find_wait, ranks_text
-from ddp_cifar.run.events import ERROR, WAITING, WARNING, Event, read_crash, read_events
+from ddp_cifar.distributed.collectives import ranks_text
+from ddp_cifar.run.events import ERROR, WAITING, WARNING, Event, find_waits, read_crash, read_events
 from ddp_cifar.run.memory import KILLED_BY_KERNEL, oom_kills
 from ddp_cifar.run.run_dir import CRASH_LOOP, RunDir, Start, read_rows
 from ddp_cifar.run.signs import read_signs
@@ -134,7 +134,7 @@ class _Reader:
 
     def _crashed(self, errors: Sequence[Event]) -> Diagnosis:
         """A run whose ranks have ended without saying why, or only because others did."""
-        wait = find_wait({event.rank: event.collectives for event in self._last_events()})
+        wait, _ = find_waits(self._last_events())
         if wait.differs:
             details = [f"rank {rank} crashed: {text}" for rank in range(self.world_size) if (text := self._crash(rank))]
             return self._build("crashed", wait.text, self._processes(wait.ranks), details=details[:3])
@@ -221,17 +221,14 @@ class _Reader:
             ranks = set(range(self.world_size)) - {event.rank for event in self.events if event.kind == ERROR}
         return self._processes(ranks) if len(ranks) < self.world_size else []
 
-    def _last_events(self) -> list[Event]:
+    def _last_events(self) -> dict[int, Event]:
         """The event of each rank that has its last collectives: when it waited or, if it did not, when it failed."""
         last = {event.rank: event for event in self.events if event.kind == ERROR and event.collectives}
-        last |= {event.rank: event for event in self.events if event.kind == WAITING and event.collectives}
-        return list(last.values())
+        return last | {event.rank: event for event in self.events if event.kind == WAITING and event.collectives}
 
     def _waits(self) -> list[str]:
         """What the ranks waited for, and where the ranks were that they waited for."""
-        last = {event.rank: event for event in self._last_events()}
-        wait = find_wait({rank: event.collectives for rank, event in last.items()})
-        places = [f"rank {rank} is in {last[rank].place}" for rank in wait.ranks if rank in last and last[rank].place]
+        wait, places = find_waits(self._last_events())
         return [text for text in (wait.text, *places[:2]) if text]
 
     def _earlier_causes(self) -> list[str]:

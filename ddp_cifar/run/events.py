@@ -13,13 +13,14 @@ import time
 import traceback
 from bisect import bisect
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from ddp_cifar.distributed.collectives import Collective, is_library, recent_collectives, short_name
+from ddp_cifar.distributed.collectives import Collective, Wait, find_wait, is_library, recent_collectives, short_name
 from ddp_cifar.errors import first_line
 from ddp_cifar.run.memory import new_oom_kills
+from ddp_cifar.run.processes import state_and_parent
 from ddp_cifar.text_files import parse_json, read_lines, read_text
 
 WARNING, WAITING, ERROR = "warning", "waiting", "error"
@@ -104,18 +105,15 @@ class EventLog(logging.Handler):
 
 
 def place_of_main_thread() -> str:
-    """Say where the main thread is: `data/loader.py:120 (gather), in torch/_tensor.py:12 (to), waiting for a disk`."""
+    """Say where the main thread is: `data/loader.py:120 (gather), waiting for a disk or a file server`."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     stack = traceback.extract_stack(frame) if frame else []
-    own = [call for call in stack if not is_library(call.filename) and not call.filename.startswith("<")]
+    own = [call for call in stack if not is_library(call.filename)]
     if not own:
         return ""
     text = f"{short_name(own[-1].filename)}:{own[-1].lineno} ({own[-1].name})"
-    # D: "uninterruptible sleep", usually for a disk (proc_pid_stat(5))
-    with contextlib.suppress(OSError, IndexError):
-        if Path(f"/proc/self/task/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[0] == "D":
-            text += ", waiting for a disk or a file server"
-    return text
+    is_blocked = state_and_parent(os.getpid())[0] == "D"  # "uninterruptible sleep" of the main thread
+    return text + ", waiting for a disk or a file server" * is_blocked
 
 
 @contextlib.contextmanager
@@ -145,6 +143,12 @@ def read_crash(path: Path) -> str:
             ]
             return lines[0].removeprefix("Fatal Python error: ") + "".join(places[:1])
     return ""
+
+
+def find_waits(last: Mapping[int, Event]) -> tuple[Wait, list[str]]:
+    """Return what ranks wait for, from the last event of each, and where the main threads of the ranks to blame are."""
+    wait = find_wait({rank: event.collectives for rank, event in last.items()})
+    return wait, [f"rank {rank} is in {last[rank].place}" for rank in wait.ranks if last[rank].place]
 
 
 def read_events(logs: Path) -> list[Event]:

@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ddp_cifar.command import leave
-from ddp_cifar.distributed.collectives import Wait, find_wait
+from ddp_cifar.distributed.collectives import Wait
 from ddp_cifar.distributed.world import World
-from ddp_cifar.run.events import WAITING, EventLog, read_events
+from ddp_cifar.run.events import WAITING, EventLog, find_waits, read_events
 from ddp_cifar.run.memory import oom_kills, peak_host_memory
 from ddp_cifar.run.processes import dump_native_stacks, kill_sibling
 from ddp_cifar.run.signs import Sign, read_sign
@@ -152,7 +152,7 @@ class Heartbeat:
             names = ", ".join(map(str, behind))
             reason = f"all ranks are alive, but {names} {'is' if len(behind) == 1 else 'are'} behind the others"
         wait, places = self._read_waits()
-        reason += "".join(f"; {text}" for text in (wait.text, *places) if text)
+        reason += "".join(f"; {text}" for text in (wait.text, *places[:3]) if text)
         message = (
             f"no rank has made progress for {0.9 * self.timeout_s:.0f} s (train.hang_timeout_s={self.timeout_s:g}): {reason}; "
             f"see the Python stacks of each live rank in {self.stacks.parent}/rank_*.stacks"
@@ -176,9 +176,7 @@ class Heartbeat:
             for event in events
             if event.kind == WAITING and event.time > self._recorded - self.timeout_s
         }
-        wait = find_wait({rank: event.collectives for rank, event in last.items()})
-        places = [f"rank {rank} is in {last[rank].place}" for rank in wait.ranks[:3] if last[rank].place]
-        return wait, places
+        return find_waits(last)
 
     # -- the files
 

@@ -17,13 +17,13 @@ def is_dead(pid: int) -> bool:
         return True
     except PermissionError:  # the pid belongs to a new process of another user
         return True
-    state, _ = _state_and_parent(pid)
+    state, _ = state_and_parent(pid)
     return state in ("Z", "X")
 
 
 def kill_sibling(pid: int) -> None:
     """Kill a process, if the torchrun that started this one also started it."""
-    if _state_and_parent(pid)[1] == os.getppid():
+    if state_and_parent(pid)[1] == os.getppid():
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
 
@@ -36,7 +36,7 @@ def dump_native_stacks(file: IO[str], timeout_s: float) -> None:
             subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=timeout_s, check=False)
 
 
-def _state_and_parent(pid: int) -> tuple[str, int]:
+def state_and_parent(pid: int) -> tuple[str, int]:
     """Return the state letter and the parent's pid from /proc (proc_pid_stat(5)); ("", 0) if it is not known."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

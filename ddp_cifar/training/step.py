@@ -184,7 +184,7 @@ class TrainStep:
         Returns False if `train.on_nonfinite=skip` skips the update. An update that the fp16 scaler skips counts as True. Raises
         `Failed` on every rank if the norm is not finite and the run has to stop, unless it is only found later.
         """
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
         updates = self.norm_check.allows_update(norm, self.step + 1, self.replay, gradients)
         with metrics.timer.phase("optimizer"):
             if updates:

@@ -78,15 +78,33 @@ class Spell:
         return f"from step {self.first} to {self.last} it delayed all ranks by about {self.cost_us / 1e6:.1f} s"
 
 
-class RankWatch:
+class Watch:
+    """Watches for one kind of slowness."""
+
+    name = ""
+    """What it watches."""
+
+    def __init__(self, factor: float) -> None:
+        """`factor`: `train.straggler_factor`."""
+        self.factor = factor
+        self.spell = Spell()
+
+    def begins(self, before: int, last: int, delay_us: float | None) -> bool:
+        """Add the row of the steps after `before` up to `last`, as `Spell.add`. True if a slow period begins; logs its end."""
+        changes = self.spell.add(before, last, delay_us)
+        if changes and not self.spell.is_on:
+            log.warning(f"{self.name} is no longer slow: {self.spell}")
+        return changes and self.spell.is_on
+
+
+class RankWatch(Watch):
     """Compares this rank's local work with that of the others in the same steps."""
 
     name = "this rank"
 
     def __init__(self, rank: int, factor: float) -> None:
+        super().__init__(factor)
         self.rank = rank
-        self.factor = factor
-        self.spell = Spell()
         self.past: deque[RankStatus] = deque(maxlen=PAST_ROWS)
         """This rank's last rows that were not slow."""
 
@@ -97,15 +115,11 @@ class RankWatch:
         delay = own.local_work_us - usual if is_slow(own.local_work_us, usual, self.factor, RANK_FLOOR_US) else None
         if delay is None:
             self.past.append(own)
-        if not self.spell.add(before, own.row_step, delay):
-            return
-        if not self.spell.is_on:
-            log.warning(f"this rank is no longer slow: {self.spell}")
-            return
-        log.warning(
-            f"this rank, on {socket.gethostname()}, is slow since step {self.spell.first} and delays all ranks: "
-            f"{self._describe(own, others)}"
-        )
+        if self.begins(before, own.row_step, delay):
+            log.warning(
+                f"this rank, on {socket.gethostname()}, is slow since step {self.spell.first} and delays all ranks: "
+                f"{self._describe(own, others)}"
+            )
 
     def _describe(self, own: RankStatus, others: Sequence[RankStatus]) -> str:
         """Describe the phase that causes most of the delay."""
@@ -119,14 +133,13 @@ class RankWatch:
         return text + ")"
 
 
-class LinkWatch:
+class LinkWatch(Watch):
     """Compares the least backward time of all ranks with its own past."""
 
     name = "the exchange between ranks"
 
     def __init__(self, factor: float) -> None:
-        self.factor = factor
-        self.spell = Spell()
+        super().__init__(factor)
         self.past: deque[int] = deque(maxlen=PAST_ROWS)
         """The least backward time in the last rows that were not slow, in microseconds."""
         self.past_work: deque[list[int]] = deque(maxlen=PAST_ROWS)
@@ -142,16 +155,12 @@ class LinkWatch:
             self.past_work.append(work)
         elif self._has_slow_rank(work):
             return  # on a slow device, the backward pass is slow too
-        if not self.spell.add(before, statuses[0].row_step, delay):
-            return
-        if not self.spell.is_on:
-            log.warning(f"the exchange between ranks is no longer slow: {self.spell}")
-            return
-        log.warning(
-            f"the exchange between ranks (or the backward pass) is slow on all ranks since step {self.spell.first}: the "
-            f"backward pass takes at least {ms(backward)} per step on every rank (before {ms(usual)}), while the other work "
-            f"of each rank takes as long as before"
-        )
+        if self.begins(before, statuses[0].row_step, delay):
+            log.warning(
+                f"the exchange between ranks (or the backward pass) is slow on all ranks since step {self.spell.first}: the "
+                f"backward pass takes at least {ms(backward)} per step on every rank (before {ms(usual)}), while the other "
+                f"work of each rank takes as long as before"
+            )
 
     def _has_slow_rank(self, work: Sequence[int]) -> bool:
         """True if the local work of a rank takes much longer than before."""
