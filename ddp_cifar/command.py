@@ -78,11 +78,11 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
     os._exit(status)
 
 
-def leave(message: str, *, is_cause: bool = True, ranks: Sequence[int] = ()) -> NoReturn:
+def leave(message: str, *, is_cause: bool = True, ranks: Sequence[int] | None = None) -> NoReturn:
     """Exit immediately with a one-line error, from any thread, whatever the other threads do.
 
     `is_cause`: false if another rank failed first, so that torchrun's report does not name this one. `ranks`: those that are
-    the cause, if that is not this one.
+    the cause, none if they are not known; None: this one.
     """
     try:
         log.error(message, extra={"is_cause": is_cause, "ranks": ranks})

@@ -73,7 +73,8 @@ class EventLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         is_error = record.levelno >= logging.ERROR
         message = getattr(record, "summary", "") or first_line(Exception(record.getMessage()))
-        ranks = getattr(record, "ranks", ()) or [self.rank]
+        ranks = getattr(record, "ranks", None)
+        ranks = [self.rank] if ranks is None else ranks
         self.add(ERROR if is_error else WARNING, message, is_cause=getattr(record, "is_cause", True), ranks=ranks)
 
     def add(self, kind: str, message: str = "", *, is_cause: bool = True, ranks: Sequence[int] = ()) -> Event:
@@ -125,7 +126,8 @@ def recording_crashes(path: Path) -> Iterator[None]:
             yield
         finally:
             faulthandler.enable()  # to stderr
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def read_crash(path: Path) -> str:
