@@ -202,11 +202,12 @@ class Requests:
             if text != before:  # perhaps not written completely: look again
                 self._profile_text = text
                 return
-            path.unlink()
-            self._profile = parse_profile(text)
+            request = parse_profile(text)
         except ValueError as error:
-            path.unlink(missing_ok=True)
+            request = ProfileRequest()
             log.warning(f"no profile is recorded: the file PROFILE is invalid: {error}")
+        path.unlink()  # only once: the next request may follow at any time
+        self._profile = request
 
     def _request(self, reason: str) -> None:
         # a SIGINT replaces an earlier reason, since any signal after it terminates the process immediately
