@@ -2,11 +2,15 @@
 
 import contextlib
 import difflib
+import os
+import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 SHOWN = 5  # names in a message
+
+PACKAGE = Path(__file__).parent
 
 
 class UserError(ValueError):
@@ -74,11 +78,28 @@ def user_code(problem: str, expected: str = "") -> Iterator[None]:
 
 
 def _place(error: BaseException) -> str:
-    """` (models.py:31)`: the innermost line that is neither in an installed package nor in this one; "" if there is none."""
-    here = str(Path(__file__).parent)
-    files = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((here, "<"))]
-    own = [frame for frame in files if not {"site-packages", "dist-packages"} & {*Path(frame.filename).parts}]
-    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    """` (models.py:31)`: the innermost line that is neither in a library nor in this package; "" if there is none."""
+    files = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_library(frame.filename)]
+    own = [frame for frame in files if not _is_own(frame.filename)]
+    return f" ({short_name(own[-1].filename)}:{own[-1].lineno})" if own else ""
+
+
+def is_library(path: str) -> bool:
+    """True for a source file of Python or of an installed package other than this one."""
+    if _is_own(path):
+        return False
+    return path.startswith((sysconfig.get_path("stdlib"), "<")) or bool(
+        {"site-packages", "dist-packages"} & {*Path(path).parts}
+    )
+
+
+def short_name(path: str) -> str:
+    """The name of a source file in messages: training/step.py for one of this package, or else the last part of its path."""
+    return path.removeprefix(f"{PACKAGE}{os.sep}") if _is_own(path) else Path(path).name
+
+
+def _is_own(path: str) -> bool:
+    return path.startswith(f"{PACKAGE}{os.sep}")
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:

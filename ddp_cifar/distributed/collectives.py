@@ -1,19 +1,16 @@
 """The last collectives of each rank, from torch's flight recorder, and which rank the others wait for according to them."""
 
 import contextlib
-import os
 import pickle
-import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from ddp_cifar.errors import is_library, short_name
 
 RECENT = 12
 """Collectives to keep per group, besides those that have not ended."""
-
-PACKAGE = Path(__file__).parent.parent
 
 PURPOSES = {
     "training/step.py": "gradient bucket",
@@ -114,20 +111,6 @@ def _purpose(frames: Sequence[Mapping[str, Any]]) -> str:
         if not is_library(frame["filename"]) and name != "distributed/world.py":
             return PURPOSES.get(name, f"{name}:{frame['line']}")
     return "gradient bucket"  # on a GPU, DDP calls it from a thread of autograd
-
-
-def is_library(path: str) -> bool:
-    """True for a source file of Python or of an installed package other than this one."""
-    if path.startswith(f"{PACKAGE}{os.sep}"):
-        return False
-    return path.startswith((sysconfig.get_path("stdlib"), "<")) or bool(
-        {"site-packages", "dist-packages"} & {*Path(path).parts}
-    )
-
-
-def short_name(path: str) -> str:
-    """The name of a source file in messages: training/step.py for one of this package, or else the last part of its path."""
-    return path.removeprefix(f"{PACKAGE}{os.sep}") if path.startswith(f"{PACKAGE}{os.sep}") else Path(path).name
 
 
 class Wait(NamedTuple):
