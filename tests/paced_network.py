@@ -89,13 +89,13 @@ FAULTS: dict[str, Callable[[Network], object]] = {
 
 
 def augment(images: Tensor) -> Tensor:
-    """An augmentation that changes nothing. With the fault `sleep`, it does not return."""
-    if (
-        FAULT_FILE
-        and os.path.exists(FAULT_FILE)
-        and Path(FAULT_FILE).read_text().split() == ["sleep", os.environ.get("RANK")]
-    ):
-        time.sleep(10_000)
+    """An augmentation that changes nothing. With the fault `sleep` it does not return; with `slow all` it takes its time."""
+    if FAULT_FILE and os.path.exists(FAULT_FILE):
+        fault = Path(FAULT_FILE).read_text().split()
+        if fault == ["sleep", os.environ.get("RANK")]:
+            time.sleep(10_000)
+        if fault == ["slow", "all"]:
+            time.sleep(0.1)
     return images
 
 

@@ -136,9 +136,14 @@ def test_a_port_that_is_taken_and_a_mistake_in_the_config(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_is_named_in_healthy_runs(run: Run) -> None:
-    """Uneven ranks, accumulation and a long evaluation; a live run; a stop, and a resume on fewer ranks."""
-    run.start("train.global_batch_size=56", "eval.batch_size=1", ranks=RANKS)
+def test_nothing_is_named_in_healthy_runs(run: Run, fault: Path) -> None:
+    """Uneven ranks, accumulation, a slow disk and a long evaluation; a live run; a stop, and a resume on fewer ranks.
+
+    A start that fails before it trains is told from the one before.
+    """
+    fault.write_text("slow all")
+    same = ("train.global_batch_size=56", "augment.name=paced_network:augment")
+    run.start(*same, "eval.batch_size=1", ranks=RANKS)
     alive = diagnose(str(run.path))
     assert (alive.state, alive.cause, *alive.ranks, *alive.details) == ("running", "it trains")
     (run.path / "STOP").touch()
@@ -146,7 +151,12 @@ def test_nothing_is_named_in_healthy_runs(run: Run) -> None:
     stopped = diagnose(str(run.path))
     assert (stopped.state, stopped.cause, *stopped.ranks) == ("stopped", "the file STOP (rank 0)")
     assert (stopped.steps_lost, *stopped.details) == (0,)
-    run.finish("train.global_batch_size=56")
+    run.launch(*same, "seed=5", ranks=2)
+    assert run.end() == 2
+    failed = diagnose(str(run.path))
+    assert (failed.state, failed.details[0].rpartition(" is ")[2]) == ("failed", "stopped: the file STOP (rank 0)")
+    assert "has other settings: seed=0, now 5" in failed.cause
+    run.finish(*same)
     finished = diagnose(str(run.path))
     assert (finished.state, finished.starts, *finished.ranks, *finished.details) == ("finished", 2)
     assert finished.cause.startswith("val accuracy ")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ddp_cifar.distributed.collectives import ranks_text
 from ddp_cifar.run.events import ERROR, WAITING, WARNING, Event, find_waits, read_crash, read_events
-from ddp_cifar.run.memory import KILLED_BY_KERNEL, oom_kills
+from ddp_cifar.run.memory import oom_kills
 from ddp_cifar.run.run_dir import CRASH_LOOP, RunDir, Start, read_rows
 from ddp_cifar.run.signs import read_signs
 
@@ -123,8 +123,14 @@ class _Reader:
             return self._build("failed", cause, details=self._earlier_causes())
         if word == "failed":
             return self._build("failed", reason, self._blamed(causes))
+        if later := [event for event in causes if event.began > self._time_of_status()]:
+            details = (
+                [f"that start had not begun to train; the status before it is {self.status}"] if self.status else []
+            )
+            state = "failed" if self.status else "never started"
+            return self._build(state, later[0].message, self._blamed(later), details=details)
         if causes:
-            state = {"finished": "finished", "stopped": "stopped", "": "never started"}.get(word, "crashed")
+            state = word if word in ("finished", "stopped") else "crashed"
             return self._build(state, causes[0].message, self._blamed(causes), details=self._waits())
         if word == "finished":
             return self._build("finished", self._last_result(), advice="nothing")
@@ -215,11 +221,19 @@ class _Reader:
         return [Process(sign.rank, sign.host, sign.pid) for sign in signs]
 
     def _blamed(self, causes: Sequence[Event]) -> list[Process]:
-        """The ranks that are the cause according to the first event, and to those with its message; none if these are all."""
+        """The ranks that are the cause according to the first event, and to those with its message; none if these are all.
+
+        If that event names none, they are the ranks that have ended without a word.
+        """
         ranks = {rank for event in causes if event.message == causes[0].message for rank in event.ranks}
-        if causes and causes[0].message.startswith(KILLED_BY_KERNEL):
-            ranks = set(range(self.world_size)) - {event.rank for event in self.events if event.kind == ERROR}
+        if causes and not ranks:
+            ranks = set(range(self.world_size)) - {event.rank for event in self.events if event.kind != WARNING}
         return self._processes(ranks) if len(ranks) < self.world_size else []
+
+    def _time_of_status(self) -> float:
+        with contextlib.suppress(OSError):
+            return (self.run_dir.path / "status").stat().st_mtime
+        return 0.0
 
     def _last_events(self) -> dict[int, Event]:
         """The event of each rank that has its last collectives: when it waited or, if it did not, when it failed."""

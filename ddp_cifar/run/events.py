@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from ddp_cifar.distributed.collectives import Collective, Wait, find_wait, is_library, recent_collectives, short_name
-from ddp_cifar.errors import first_line
+from ddp_cifar.distributed.collectives import Collective, Wait, find_wait, recent_collectives
+from ddp_cifar.errors import first_line, is_library, short_name
 from ddp_cifar.run.memory import new_oom_kills
 from ddp_cifar.run.processes import state_and_parent
 from ddp_cifar.text_files import parse_json, read_lines, read_text
@@ -42,6 +42,8 @@ class Event:
     """Steps that the run had completed."""
     kind: str
     message: str
+    began: float = 0.0
+    """The Unix time at which its process began to write events."""
     is_cause: bool = True
     """False if the rank ended because another one did."""
     ranks: list[int] = field(default_factory=list)
@@ -62,6 +64,7 @@ class EventLog(logging.Handler):
         self.path = folder / f"rank_{rank}.events"
         self.rank = rank
         self.step = 0
+        self.began = time.time()
         self._times: deque[tuple[float, int]] = deque(maxlen=256)
         """The Unix times at which the last steps were completed."""
 
@@ -87,6 +90,7 @@ class EventLog(logging.Handler):
             self.step,
             kind,
             message,
+            self.began,
             is_cause,
             list(ranks),
             "" if threading.current_thread() is threading.main_thread() else place_of_main_thread(),

@@ -6,8 +6,6 @@ import resource
 import socket
 from pathlib import Path
 
-KILLED_BY_KERNEL = "the kernel has killed a rank"
-
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -44,7 +42,7 @@ def lack_of_memory() -> str:
     limit = memory_limit()
     limited = f", whose limit is {limit / 1e9:.1f} GB here" if limit else ""
     return (
-        f"{KILLED_BY_KERNEL} of {socket.gethostname()} for lack of memory{limited}: request more memory, or use fewer "
+        f"the kernel has killed a rank of {socket.gethostname()} for lack of memory{limited}: request more memory, or use fewer "
         f"ranks per node or a smaller train.micro_batch_size; then run the same command to resume"
     )
 

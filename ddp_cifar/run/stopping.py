@@ -161,7 +161,7 @@ class Requests:
                 time.sleep(END_OF_RUN_S)
                 if self._siblings:
                     reason = lack_of_memory()
-                    leave(reason or "a peer rank exited; shutting down", is_cause=bool(reason))
+                    leave(reason or "a peer rank exited; shutting down", is_cause=bool(reason), ranks=())
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER:
                 self._before_leaving()
                 leave(
