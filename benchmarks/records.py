@@ -1,9 +1,10 @@
 """Cost of tracking: images/s with metrics, TensorBoard and the progress bar, and without them.
 
-    torchrun --nproc_per_node=2 benchmarks/records.py
+    torchrun --nproc_per_node=2 benchmarks/records.py [--tracker mlflow]
 
-On: one row per 20 steps, as by default, twice per slice of 40 steps. Off: no rows. The script then times a set of TensorBoard
-pictures of 10,000 test images, for which a run waits every `tracking.pictures_every` epochs.
+On: one row per 20 steps, as by default, twice per slice of 40 steps. Off: no rows. With `--tracker`, a third contender also sends
+the rows to that tracker. The script then times a set of TensorBoard pictures of 10,000 test images, for which a run waits every
+`tracking.pictures_every` epochs.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from common import Comparison, arguments, batch_sizes, make_trainer, report, tit
 from ddp_cifar.config import Config
 from ddp_cifar.data import DataSet
 from ddp_cifar.distributed.rendezvous import open_world
-from ddp_cifar.tracking import build_tracker
+from ddp_cifar.tracking import build_senders, build_tracker
 from ddp_cifar.tracking.dashboard import Dashboard
 from ddp_cifar.training.throughput import NEVER, random_dataset, take_turns, timed, train_on
 
@@ -28,8 +29,9 @@ TARGET = 0.99
 def main() -> None:
     parser = arguments("images/s with tracking and without", rounds=7)
     parser.add_argument("--steps", type=int, default=40, help="steps per slice (40)")
+    parser.add_argument("--tracker", help="also measure with tracking.name=TRACKER, which its variables must lead to")
     options = parser.parse_args()
-    with open_world("cpu") as world, tempfile.TemporaryDirectory() as folder:
+    with open_world("cpu") as world, contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         images = options.steps * options.batch * world.world_size
         data = random_dataset((options.rounds + 1) * images)
         sizes = batch_sizes(world, options.batch)
@@ -40,11 +42,23 @@ def main() -> None:
             "on": timed(lambda: train_on(on, options.steps), images, world),
             "off": timed(lambda: train_on(off, options.steps), images, world),
         }
-        with contextlib.closing(tracker_in(Path(folder), world)) as on.tracker:
-            rates = take_turns(contenders, options.rounds)
+        on.tracker = stack.enter_context(contextlib.closing(tracker_in(Path(folder), world)))
+        comparisons = [Comparison("on", "off", TARGET)]
+        if options.tracker:
+            run_dir = Path(folder) / "sent"
+            sent = make_trainer(world, data, *sizes, f"tracking.name={options.tracker}", f"run_dir={run_dir}")
+            sent.show_progress = world.is_main
+            if world.is_main:
+                run_dir.mkdir()
+                files = run_dir / "metrics.jsonl", run_dir / "tensorboard"
+                sent.tracker = build_tracker(*files, 0, senders=build_senders(sent.config, {}))
+            stack.callback(sent.tracker.close)
+            contenders[options.tracker] = timed(lambda: train_on(sent, options.steps), images, world)
+            comparisons.append(Comparison(options.tracker, "on", TARGET))
+        rates = take_turns(contenders, options.rounds)
         if world.is_main:
             title = title_of(on, options.batch, f"{options.steps} steps per slice")
-            report(title, rates, [Comparison("on", "off", TARGET)], options.json)
+            report(title, rates, comparisons, options.json)
             seconds = seconds_of_pictures(Path(folder), options.rounds)
             print(f"\npictures: {statistics.median(seconds):.2f} s ({min(seconds):.2f} - {max(seconds):.2f})")
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": "compare runs in a table or a plot",
     "sweep": "list the runs of a sweep with their states",
     "diagnose": "say what happened to a run, and what to do",
+    "sync": "send the metrics of a run to W&B or MLflow",
     "checkpoints": "list and verify the checkpoints of a run",
     "preflight": "check machines before a run",
     "benchmark": "measure the training speed of a recipe",

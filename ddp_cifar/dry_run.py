@@ -21,6 +21,7 @@ from ddp_cifar.registry import user_defined_names
 from ddp_cifar.run.checkpoint_store import Checkpoints, Loaded
 from ddp_cifar.run.resume import check_same_run, find_checkpoint
 from ddp_cifar.run.run_dir import RunDir
+from ddp_cifar.tracking import connections
 from ddp_cifar.training.build import check_micro_batches, initial_weights, source_of_weights
 from ddp_cifar.training.loss import class_weights
 from ddp_cifar.training.optim import build_optimizer
@@ -39,6 +40,7 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
     """
     world_size = nodes * nproc_per_node
     check_batch_size(config.train, world_size)
+    trackers = connections(config)
     run_dir = RunDir(config.run_dir)
     resumed = find_checkpoint(config.resume, Checkpoints(run_dir.checkpoints, config.checkpoint.keep), fix_links=False)
     if resumed:
@@ -75,6 +77,8 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
         "checkpoint": f"{size(footprint.checkpoint)}; keeps {config.checkpoint.keep}: "
         f"{size(footprint.checkpoint * config.checkpoint.keep)}",
     }
+    if trackers:
+        lines["trackers"] = ", ".join(trackers)
     if names := user_defined_names(flatten(to_dict(config))):
         lines["user-defined"] = ", ".join(names)
     notes = advice(config.train, plan, on_gpus=config.device in ("auto", "cuda"))

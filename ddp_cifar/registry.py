@@ -4,6 +4,7 @@ Built-ins are imported on use, so that neither this table nor the check of a nam
 """
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -38,9 +39,15 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "augment.name": {},
     "train.loss": {"cross_entropy": "ddp_cifar.training.loss:cross_entropy"},
-    "tracking.name": {},
+    "tracking.name": {
+        "mlflow": "ddp_cifar.tracking.mlflow:MLflow",
+        "wandb": "ddp_cifar.tracking.wandb:WandB",
+    },
 }
 """Config key -> built-in name -> `package.module:function`. To add a built-in, add its file and one line here."""
+
+EXTRAS = {"wandb", "mlflow"}
+"""Built-in names that need the package of the same name, which an extra of the same name installs."""
 
 
 def is_user_defined(name: str) -> bool:
@@ -48,18 +55,27 @@ def is_user_defined(name: str) -> bool:
     return ":" in name
 
 
+def names_in(value: object) -> list[str]:
+    """Return the names in the value of a config key: null has none, and `tracking.name` may have several."""
+    return [value] if isinstance(value, str) else [each for each in value or () if isinstance(each, str)]  # type: ignore[attr-defined]
+
+
 def user_defined_names(values: Mapping[str, Any]) -> list[str]:
     """Return `key=name` for each user-defined name in a config by dotted keys."""
-    names = {key: values.get(key) for key in BUILT_IN}
-    return [f"{key}={name}" for key, name in names.items() if isinstance(name, str) and is_user_defined(name)]
+    names = [(key, name) for key in BUILT_IN for name in names_in(values.get(key))]
+    return [f"{key}={name}" for key, name in names if is_user_defined(name)]
 
 
 def check_name(key: str, name: str) -> None:
     """Raise `UserError` if `name` is not valid for the config's `key`. Imports a user-defined function, but not a built-in."""
     if is_user_defined(name):
         _load(key, name, name)
-    else:
-        _place(key, name)
+        return
+    _place(key, name)
+    if name in EXTRAS and importlib.util.find_spec(name) is None:
+        raise UserError(
+            f"{key}={name} needs the package {name}, which is not installed: pip install 'ddp_cifar[{name}]'"
+        )
 
 
 def resolve(key: str, name: str) -> Callable[..., Any]:
@@ -72,6 +88,12 @@ def resolve(key: str, name: str) -> Callable[..., Any]:
 
 def call(key: str, name: str, function: Callable[..., T], /, *arguments: Any, **named: Any) -> T:
     """Return `function(*arguments, **named)`. Raises `UserError`, which shows its signature, if it does not accept them."""
+    check_arguments(key, name, function, *arguments, **named)
+    return function(*arguments, **named)
+
+
+def check_arguments(key: str, name: str, function: Callable[..., object], /, *arguments: Any, **named: Any) -> None:
+    """Raise `UserError`, which shows the function's signature, if it does not accept these arguments."""
     try:
         signature = inspect.signature(function)
         signature.bind(*arguments, **named)
@@ -84,7 +106,6 @@ def call(key: str, name: str, function: Callable[..., T], /, *arguments: Any, **
             f"{key}={name}: {called}{signature} does not accept the arguments ({', '.join(given)}) ({error}); "
             f"check {key.rpartition('.')[0]}.args"
         ) from error
-    return function(*arguments, **named)
 
 
 def _place(key: str, name: str) -> str:

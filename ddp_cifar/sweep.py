@@ -34,6 +34,8 @@ from ddp_cifar.shipped import SWEEPS
 
 KEYS = ("config", "grid")
 
+NOT_IN_NAMES = r"[^\w.=,+-]"
+
 
 @dataclass(frozen=True)
 class SweptRun:
@@ -93,12 +95,13 @@ def expand(path: Path, overrides: Sequence[str]) -> list[SweptRun]:
     folder = next((a.removeprefix("run_dir=") for a in reversed(overrides) if a.startswith("run_dir=")), None)
     shared = [config.value] if config and config.value else []
     shared.append(f"tracking.hparams=[{','.join(dict.fromkeys(map(setting_of, grid)))}]")
+    shared.append(f"tracking.group={re.sub(NOT_IN_NAMES, '-', path.stem)}")
     shared += [argument for argument in overrides if not argument.startswith("run_dir=")]
     names = short_names(grid)
     runs: dict[str, SweptRun] = {}
     for combination in itertools.product(*grid.values()):
         values = ",".join(f"{names[key]}={value.text}" for key, value in zip(grid, combination, strict=True))
-        name = re.sub(r"[^\w.=,+-]", "-", values)
+        name = re.sub(NOT_IN_NAMES, "-", values)
         run_dir = f"{folder or f'runs/sweeps/{path.stem}'}/{name}"
         arguments = [*shared, *(value.argument for value in combination), f"run_dir={run_dir}"]
         if name in runs:

@@ -20,7 +20,7 @@ from ddp_cifar.command import (
     record_run_dir,
     run_command,
 )
-from ddp_cifar.config import TrainConfig, load_config, to_yaml
+from ddp_cifar.config import TrainConfig, load_config, recipe_of, to_yaml
 from ddp_cifar.distributed.environment import check_started_by_torchrun, rank_and_world_size
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log, log_to_file, show
@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     from ddp_cifar.run.resume import check_same_run, find_checkpoint
     from ddp_cifar.run.signs import read_sign
     from ddp_cifar.run.stopping import Requests
+    from ddp_cifar.tracking import send_rest
     from ddp_cifar.tracking.base import NullTracker
     from ddp_cifar.training.build import build_trainer, initial_weights, set_up_kernels
     from ddp_cifar.training.profiling import Profiler
@@ -86,6 +87,7 @@ def main(argv: Sequence[str]) -> int:
             if progress.is_finished(config):
                 if world.is_main:
                     run_dir.write_status("finished")  # a crash just after the last save leaves another status
+                    send_rest(config)
                 limit = "train.patience_epochs" if progress.ends_early(config) else "train.epochs or train.max_steps"
                 log.info(f"{run_dir.path} is finished: {progress}; to continue, raise {limit}")
                 return 0
@@ -103,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
         start: Start | None = None
         tracker: Tracker = NullTracker()
         if world.is_main:
-            start, tracker = start_records(run_dir, trainer, began, places, last_beat, rows)
+            start, tracker = start_records(run_dir, trainer, began, places, last_beat, rows, recipe_of(argv))
         requests.catch_signals()
         with contextlib.closing(tracker), run_dir.recording_failure():
             profiler = Profiler(run_dir.profile, world, trainer.progress.step, config.train.profile_steps)
@@ -111,6 +113,7 @@ def main(argv: Sequence[str]) -> int:
             ended = f"stopped: {reason}" if reason else "finished"
             if world.is_main:
                 trainer.dashboard.show_history(run_dir.read_starts(), ended, trainer.progress.step)
+                tracker.end(ended)
 
         def end() -> int:
             """Write the final status, after all files are on the disk; return the exit status."""
@@ -173,24 +176,33 @@ def start_records(
     places: Sequence[tuple[str, str]],
     last_beat: "Sign | None",
     rows: Sequence[dict[str, Any]],
+    recipe: str,
 ) -> "tuple[Start, Tracker]":
     """Record the start, write config and status, open the trackers, and add the start to TensorBoard.
 
     `places` has the host and device of each rank. `last_beat` is the last heartbeat of the previous start. `rows` are the
     last rows before the checkpoint; those that were lost are logged again. Raises `UserError` if run_dir cannot be written.
     """
-    from ddp_cifar.tracking import build_custom_tracker, build_tracker
+    from ddp_cifar.run.environment import versions
+    from ddp_cifar.tracking import build_senders, build_tracker
     from ddp_cifar.tracking.jsonl import last_value
 
     config, progress = trainer.config, trainer.progress
+    hosts = dict.fromkeys(host for host, _ in places)
+    about = {
+        "recipe": recipe,
+        "ranks": str(len(places)),
+        "hosts": ", ".join(hosts),
+        "device": places[0][1],
+        **versions(),
+    }
     try:
         run_dir.write_config(to_yaml(config))
-        tracker = build_tracker(
-            run_dir.metrics, run_dir.tensorboard, progress.step, progress.epoch, build_custom_tracker(config), rows
-        )
+        senders = build_senders(config, about, lambda: not progress.evaluating)
+        tracker = build_tracker(run_dir.metrics, run_dir.tensorboard, progress.step, progress.epoch, senders, rows)
         last_seen = (last_beat.time, last_beat.step) if last_beat else None
         productive_s = last_value(run_dir.metrics, "run/productive_s")
-        start = run_dir.note_start(began, progress.step, len(places), last_seen, productive_s)
+        start = run_dir.note_start(began, progress.step, len(places), last_seen, productive_s, about)
     except OSError as error:
         raise UserError(f"cannot write to run_dir={run_dir.path} ({error.strerror}); choose another run_dir") from error
     run_dir.write_status("running")

@@ -19,10 +19,9 @@ from ddp_cifar.config import load_config, to_dict, to_yaml
 from ddp_cifar.data import DataSet, Split, build_dataset
 from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import UserError
-from ddp_cifar.log import log
 from ddp_cifar.models import build_model
 from ddp_cifar.run.checkpoint_file import digest, load_checkpoint
-from ddp_cifar.tracking import CustomTracker, build_custom_tracker
+from ddp_cifar.tracking import connections
 from ddp_cifar.training.build import build_trainer, initial_weights
 
 CHECKOUT = Path(__file__).parent.parent
@@ -200,7 +199,7 @@ def build(argument: str, world: World) -> None:
     if argument.startswith("data"):
         build_dataset(config.data, world)
     elif argument.startswith("tracking"):
-        build_custom_tracker(config)
+        connections(config)
     else:
         make_trainer(world, config, random_dataset(512))
 
@@ -261,7 +260,7 @@ def build(argument: str, world: World) -> None:
         ),
         (
             "tracking.name=tensorbord",
-            "tracking.name=tensorbord is unknown: expected a user-defined package.module:function",
+            "tracking.name=tensorbord is unknown: expected mlflow, wandb, or a user-defined package.module:function",
         ),
         (
             "tracking.name=test_extending:Half",
@@ -274,35 +273,6 @@ def test_a_wrong_user_defined_function_raises_an_error_of_one_line(alone: World,
         build(argument, alone)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_a_tracker_that_fails_is_logged_as_a_warning(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Broken:
-        def log(self, scalars: dict[str, float], step: int) -> None:
-            raise ConnectionError("no route")
-
-        def close(self) -> None: ...
-
-    monkeypatch.setattr(log, "propagate", True)
-    tracker = CustomTracker("mine:Broken", Broken())
-    tracker.log({"train/loss": 1.0}, 1)
-    tracker.close()
-    assert "tracking.name=mine:Broken failed (ConnectionError: no route); training continues" in caplog.text
-
-
-class Unreachable:
-    def __init__(self, config: dict[str, Any], run_dir: str) -> None:
-        raise ConnectionError("no route")
-
-
-def test_a_tracker_that_cannot_start_is_logged_as_a_warning(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(log, "propagate", True)
-    build_custom_tracker(config_of("tracking.name=test_extending:Unreachable")).log({"train/loss": 1.0}, 1)
-    assert "Unreachable failed (ConnectionError: no route); training continues without it" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["googlenet", "vit_b_16"])

@@ -14,7 +14,7 @@ PACKAGE = Path(ddp_cifar.__file__).parent
 LEVELS = """
     ddp_cifar
     __main__
-    train prepare evaluate predict export compare sweep diagnose checkpoints preflight benchmark scaling scripts
+    train prepare evaluate predict export compare sweep diagnose sync checkpoints preflight benchmark scaling scripts
     checks
     dry_run inference
     training

@@ -28,7 +28,8 @@ def test_each_combination_is_a_run_with_the_values_as_typed(tmp_path: Path) -> N
     runs = expand(write(tmp_path, GRID), ["train.epochs=2"])
     assert [run.name for run in runs] == ["lr=5e-4,seed=0", "lr=5e-4,seed=1", "lr=1e-3,seed=0", "lr=1e-3,seed=1"]
     assert runs[1].arguments == [
-        *("configs/demo.yaml", "tracking.hparams=[optim.lr,seed]", "train.epochs=2", "optim.lr=5e-4", "seed=1"),
+        *("configs/demo.yaml", "tracking.hparams=[optim.lr,seed]", "tracking.group=some"),
+        *("train.epochs=2", "optim.lr=5e-4", "seed=1"),
         "run_dir=runs/sweeps/some/lr=5e-4,seed=1",
     ]
     assert {run.state for run in runs} == {"new"}
@@ -53,7 +54,7 @@ def test_sections_may_be_nested_and_run_names_stay_distinct(tmp_path: Path) -> N
         "model.name=resnet9,init=random,optim.name=sgd",
     ]
     own = "grid: {model.args.tag: ['010', 'a #b', null, 1e-3]}\n"
-    arguments = [run.arguments[1] for run in expand(write(tmp_path, own), [])]
+    arguments = [run.arguments[2] for run in expand(write(tmp_path, own), [])]
     assert arguments == [f"model.args.tag={value}" for value in ("'010'", "'a #b'", "null", "0.001")]
     paths = "grid: {data.root: [/a/b, c d]}\n"
     assert [run.name for run in expand(write(tmp_path, paths), [])] == ["root=-a-b", "root=c-d"]

@@ -5,7 +5,7 @@
 A YAML file overrides the dataclass defaults; `key=value` arguments override the file.
 """
 
-from ddp_cifar.config.load import load_config, read_yaml
+from ddp_cifar.config.load import load_config, read_yaml, recipe_of
 from ddp_cifar.config.schema import (
     PRESETS,
     AugmentConfig,
@@ -60,6 +60,7 @@ __all__ = [
     "load_config",
     "parse_yaml",
     "read_yaml",
+    "recipe_of",
     "result_keys",
     "setting_of",
     "short_names",

@@ -15,7 +15,7 @@ from ddp_cifar.config.schema import Config, fields, find_setting, flatten, get
 from ddp_cifar.config.text import by_looks, entries, help_text, parse_yaml, to_yaml, type_name
 from ddp_cifar.errors import UserError, did_you_mean, first_line
 from ddp_cifar.log import show
-from ddp_cifar.registry import BUILT_IN, check_name
+from ddp_cifar.registry import BUILT_IN, check_name, names_in
 from ddp_cifar.shipped import RECIPES, recipes
 from ddp_cifar.text_files import read_text
 
@@ -60,12 +60,18 @@ def load_config(argv: Sequence[str], base: Mapping[str, Any] | None = None) -> C
         _check_key(key, "...", "tracking.hparams: ")
     # a checkpoint's config may name a custom optimizer or tracker that this command does not need
     for key in BUILT_IN if base is None else ():
-        if (name := get(config, key)) is not None:
+        for name in names_in(get(config, key)):
             check_name(key, name)
     if "--print-config" in argv:
         show(to_yaml(config).rstrip())
         sys.exit(0)
     return config
+
+
+def recipe_of(argv: Sequence[str]) -> str:
+    """Return the name of the recipe in the arguments of `load_config`, without folders and suffix; `defaults` without one."""
+    files = [arg for arg in argv if "=" not in arg or os.path.isfile(arg)]
+    return Path(files[0]).stem if files else "defaults"
 
 
 def read_yaml(path: str, folder: str = RECIPES) -> yaml.Node | None:

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 import textwrap
 import typing
 from collections.abc import Callable, Mapping
@@ -105,6 +106,25 @@ def _is_statistic(value: Any, *, positive: bool) -> bool:
         return value in (None, "auto", *PRESETS)
     numbers = value if isinstance(value, list) and value else [value]
     return all(_is_number(number) and (number > 0 or not positive) for number in numbers)
+
+
+def _is_names(value: Any) -> bool:
+    if value is None:
+        return True
+    names = [value] if isinstance(value, str) else value
+    return isinstance(names, list) and bool(names) and all(isinstance(name, str) and name.strip() for name in names)
+
+
+def _secret_in(values: Mapping[str, Any], prefix: str) -> str:
+    """The first key that names a secret, or whose value is an address with a password; "" if there is none."""
+    for name, value in values.items():
+        key = f"{prefix}.{name}"
+        if isinstance(value, Mapping):
+            if found := _secret_in(value, key):
+                return found
+        elif re.search(r"key|token|password|secret", str(name), re.IGNORECASE) or re.search(r"//[^/@\s]*@", str(value)):
+            return key
+    return ""
 
 
 def _is_class_weights(value: Any) -> bool:
@@ -446,11 +466,21 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    name: str | None = setting(None, role="non_result")
-    """Custom tracker, package.module:Class, which receives the scalars in addition to metrics.jsonl and TensorBoard
-    (docs/extending.md). null: none."""
+    name: Any = setting(
+        None,
+        expected="mlflow, wandb, package.module:Class, or a list of these, or null",
+        accepts=_is_names,
+        role="non_result",
+    )
+    """Trackers that receive the metrics in addition to metrics.jsonl and TensorBoard: mlflow, wandb (Weights & Biases),
+    package.module:Class (docs/extending.md), or a list such as [mlflow, wandb]. null: none."""
     args: dict[str, Any] = setting({}, role="non_result")
-    """Keyword arguments of the custom tracker: tracking.args.KEY=VALUE."""
+    """Keyword arguments of the tracker: tracking.args.KEY=VALUE; if `name` is a list, tracking.args.NAME.KEY=VALUE. Passwords
+    and keys belong in the environment."""
+    group: str | None = setting(None, expected="a name", role="non_result")
+    """Group of the run: a group in W&B, a parent run in MLflow. A sweep sets it to its own name. null: none."""
+    artifacts: bool = setting(False, role="non_result")
+    """Send the best checkpoint to the tracker when the run has finished; without validation images, the last one."""
     pictures_every: int | None = setting(10, at_least=1, role="non_result")
     """Number of epochs between evaluations that write images and precision-recall curves of the test set to TensorBoard. The
     last epoch's also does. null: none, and no training images either."""
@@ -462,6 +492,13 @@ class TrackingConfig:
     """At the end of the run, write embeddings of 1,000 test images for TensorBoard's projector."""
     hparams: list[str] = setting([], role="non_result")
     """[KEY, ...]: config keys that TensorBoard's HPARAMS tab shows first. A sweep sets it to the keys of its grid."""
+
+    def __post_init__(self) -> None:
+        if found := _secret_in(self.args, "tracking.args"):
+            raise UserError(
+                f"{found} has a secret, which would be written to config.yaml and to checkpoints: set it in the environment "
+                f"instead, such as WANDB_API_KEY, MLFLOW_TRACKING_TOKEN or MLFLOW_TRACKING_PASSWORD"
+            )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ logs/rank_N.events            its warnings and errors with its last collectives,
 logs/rank_N.stacks, .crash    the stacks of its threads after a hang, or after a crash in C++ code
 logs/rank_N.memory.pickle     what was allocated when the memory of its GPU ran out
 profile/                      profiles of some steps of each rank, on request
+pictures/, tracking/          pictures for W&B or MLflow, and what identifies the run there
 heartbeats/rank_N             each rank's last heartbeat
 bad_nodes                     nodes that slurm/train.sh does not use again, with the reasons
 starts.jsonl                  a row for each start of the run
@@ -26,7 +27,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeGuard
 
@@ -72,6 +73,8 @@ class Start:
     """Seconds between the last heartbeat of each start that crashed and the first step of the next one."""
     found: str = ""
     """The status left by the previous start: `running` if it crashed."""
+    about: dict[str, str] = field(default_factory=dict)
+    """The recipe, the commit, the hosts and so on."""
 
 
 class RunDir:
@@ -86,6 +89,7 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
+        self.pictures = self.path / "pictures"
         self._lock: IO[str] | None = None
 
     def rank_log(self, rank: int) -> Path:
@@ -97,9 +101,8 @@ class RunDir:
         Raises `UserError` if it cannot be written, or if another run holds the lock.
         """
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.logs.mkdir(exist_ok=True)
-            self.heartbeats.mkdir(exist_ok=True)
+            for folder in (self.checkpoints, self.logs, self.heartbeats):
+                folder.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held open until the process exits
         except OSError as error:
             raise UserError(
@@ -151,19 +154,21 @@ class RunDir:
         world_size: int,
         last_seen: tuple[float, int] | None,
         productive_s: float = 0.0,
+        about: dict[str, str] | None = None,
     ) -> Start:
         """Add a row to starts.jsonl for a start at Unix time `began` that resumes from `step`.
 
         `last_seen` is the Unix time and the step of the last heartbeat of the previous start, if any.
         """
-        start = Start(began, step, world_size)
+        start = Start(began, step, world_size, about=about or {})
         if before := next(reversed(self.read_starts()), None):
             end, reached = last_seen or (before.time, before.step)
             lost = before.steps_lost + max(0, reached - step)
             occupied_s = before.occupied_s + max(0.0, end - before.time)
             restarts, found = before.restarts + 1, self.read_status()
             downtime_s = before.downtime_s + (max(0.0, time.time() - end) if _is_crash(found) else 0.0)
-            start = Start(began, step, world_size, restarts, lost, occupied_s, productive_s, downtime_s, found)
+            totals = restarts, lost, occupied_s, productive_s, downtime_s, found
+            start = Start(began, step, world_size, *totals, about or {})
         with open(self.starts, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(start)) + "\n")
         return start
@@ -175,7 +180,7 @@ class RunDir:
             for line in read_lines(self.starts):
                 with contextlib.suppress(ValueError, TypeError):  # a crash may leave an incomplete line
                     start = Start(**parse_json(line))
-                    if all(isinstance(value, float | int) for key, value in asdict(start).items() if key != "found"):
+                    if all(isinstance(value, float | int) for value in astuple(start)[:-2]):
                         starts.append(start)
         return starts
 

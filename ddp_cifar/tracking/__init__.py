@@ -1,16 +1,17 @@
-"""Trackers: rank 0 writes the scalars of a run to TensorBoard, metrics.jsonl and a user-defined tracker."""
+"""Trackers: rank 0 writes the scalars of a run to TensorBoard and metrics.jsonl, and sends them to services such as MLflow."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddp_cifar.config import Config, to_dict
-from ddp_cifar.errors import UserError
+from ddp_cifar.errors import UserError, first_line
 from ddp_cifar.log import log
-from ddp_cifar.registry import call, resolve
-from ddp_cifar.run.run_dir import is_row
-from ddp_cifar.tracking.base import NullTracker, Scalars, Tracker
+from ddp_cifar.registry import check_arguments, names_in, resolve
+from ddp_cifar.run.run_dir import RunDir, is_row
+from ddp_cifar.tracking.base import Picture, Scalars, Tracker
 from ddp_cifar.tracking.jsonl import JsonLinesTracker, drop_later_rows, is_before
+from ddp_cifar.tracking.sender import LogAndClose, Sender, Service
 from ddp_cifar.tracking.tensorboard import TensorBoardTracker
 
 if TYPE_CHECKING:
@@ -29,8 +30,19 @@ class _All:
     def show(self, add: "Callable[[SummaryWriter], None]") -> None:
         self._each(lambda tracker: tracker.show(add))
 
+    def show_image(self, tag: str, draw: Callable[[], Picture | None], step: int) -> None:
+        try:
+            pixels = draw()
+        except Exception as error:  # such as a missing font
+            log.warning(f"cannot draw {tag} ({type(error).__name__}: {first_line(error)}); training continues")
+            return
+        self._each(lambda tracker: tracker.show_image(tag, lambda: pixels, step))
+
     def sync(self) -> None:
         self._each(lambda tracker: tracker.sync())
+
+    def end(self, outcome: str) -> None:
+        self._each(lambda tracker: tracker.end(outcome))
 
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())
@@ -43,53 +55,59 @@ class _All:
                 log.warning(f"{type(tracker).__name__} cannot write ({error.strerror}); training continues")
 
 
-class CustomTracker(NullTracker):
-    """A user-defined tracker, with `log(scalars, step)` and `close()`. If it fails, a warning is logged."""
+def connections(config: Config) -> dict[str, Callable[[], Service]]:
+    """Return, for each name in `tracking.name`, the function that connects to its service.
 
-    def __init__(self, name: str, tracker: Any) -> None:
-        missing = [method for method in ("log", "close") if not callable(getattr(tracker, method, None))]
-        if missing:
-            raise UserError(
-                f"tracking.name={name} has no {' and no '.join(missing)}; expected log(scalars, step) and close()"
-            )
-        self.name = name
-        self.tracker = tracker
-
-    def log(self, scalars: Scalars, step: int) -> None:
-        self._try(
-            lambda: self.tracker.log({tag: value for tag, value in scalars.items() if not isinstance(value, str)}, step)
-        )
-
-    def close(self) -> None:
-        self._try(self.tracker.close)
-
-    def _try(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except Exception as error:
-            log.warning(f"tracking.name={self.name} failed ({type(error).__name__}: {error}); training continues")
-
-
-def build_custom_tracker(config: Config) -> Tracker:
-    """Return the tracker that `tracking.name` names, called with the config as plain dicts, its run_dir, and `tracking.args`.
-
-    If the call fails, for example without internet access, a warning is logged. Raises `UserError` if the tracker does not
-    accept `tracking.args` or lacks a required method.
+    Raises `UserError` if a name is unknown, does not accept its `tracking.args`, or lacks a method.
     """
-    custom = config.tracking
-    if custom.name is None:
-        return NullTracker()
-    function = resolve("tracking.name", custom.name)
-    try:
-        tracker = call("tracking.name", custom.name, function, to_dict(config), config.run_dir, **custom.args)
-    except UserError:
-        raise
-    except Exception as error:
-        log.warning(
-            f"tracking.name={custom.name} failed ({type(error).__name__}: {error}); training continues without it"
-        )
-        return NullTracker()
-    return CustomTracker(custom.name, tracker)
+    found: dict[str, Callable[[], Service]] = {}
+    for name in names_in(config.tracking.name):
+        function = resolve("tracking.name", name)
+        args = config.tracking.args
+        if isinstance(config.tracking.name, list):
+            args = args.get(name, {})
+        check_arguments("tracking.name", name, function, {}, config.run_dir, **args)
+        if isinstance(function, type):
+            _check_methods(name, function)
+        found[name] = lambda name=name, function=function, args=args: _connect(config, name, function, args)  # type: ignore[misc]
+    return found
+
+
+def _connect(config: Config, name: str, function: Callable[..., Any], args: Mapping[str, Any]) -> Service:
+    tracker = function(to_dict(config), config.run_dir, **args)
+    if hasattr(tracker, "log_steps"):
+        return tracker  # type: ignore[no-any-return]
+    _check_methods(name, tracker)
+    return LogAndClose(tracker, name, config.run_dir)
+
+
+def _check_methods(name: str, tracker: object) -> None:
+    """Raise `UserError` if a tracker, or its class, lacks a method."""
+    expected = ("set_tags", "log_steps", "end") if hasattr(tracker, "log_steps") else ("log", "close")
+    missing = [method for method in expected if not callable(getattr(tracker, method, None))]
+    if missing:
+        methods = "log(scalars, step) and close()" if "log" in expected else "last_step, set_tags, log_steps and end"
+        raise UserError(f"tracking.name={name} has no {' and no '.join(missing)}; expected {methods}")
+
+
+def build_senders(
+    config: Config, tags: Mapping[str, str], is_step_whole: Callable[[], bool] = lambda: True
+) -> list[Sender]:
+    """Return a sender for each name in `tracking.name`, which has not started. Raises `UserError` as `connections` does."""
+    run_dir, artifacts = RunDir(config.run_dir), config.tracking.artifacts
+    return [
+        Sender(name, connect, run_dir, tags, artifacts=artifacts, is_step_whole=is_step_whole)
+        for name, connect in connections(config).items()
+    ]
+
+
+def send_rest(config: Config) -> None:
+    """Send what the services lack of a run that has finished. If that fails, a warning is logged."""
+    starts = RunDir(config.run_dir).read_starts()
+    for sender in build_senders(config, starts[-1].about if starts else {}):
+        sender.end("finished")
+        sender.start()
+        sender.close()
 
 
 def build_tracker(
@@ -97,12 +115,12 @@ def build_tracker(
     tensorboard: Path,
     step: int,
     epoch: int = 0,
-    custom: Tracker | None = None,
+    senders: Sequence[Sender] = (),
     last_rows: Sequence[dict[str, Any]] = (),
 ) -> Tracker:
     """Return trackers for the file `metrics` and the folder `tensorboard` of a run that resumes after `step` steps.
 
-    `custom` is an additional tracker. Rows logged after `step`, or after `epoch` completed epochs, are dropped, as the run will
+    `senders` start to send. Rows logged after `step`, or after `epoch` completed epochs, are dropped, as the run will
     log them again. `last_rows` are the last rows before `step`, as another rank kept them: those that are missing are added.
     """
     kept, drops_at_step = drop_later_rows(metrics, step, epoch)
@@ -118,7 +136,9 @@ def build_tracker(
     written = JsonLinesTracker(metrics)
     for row in missing:
         written.log(_scalars(row), row["step"])
-    return _All(events, written, custom or NullTracker())
+    for sender in senders:
+        sender.start()
+    return _All(events, written, *senders)  # in this order: a sender reads what the others have written
 
 
 def _scalars(row: Mapping[str, Any]) -> dict[str, Any]:

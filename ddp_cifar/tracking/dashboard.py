@@ -1,6 +1,5 @@
 """The TensorBoard content of a run besides its scalars, and when it is written. docs/dashboard.md lists the tags."""
 
-import functools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -55,7 +54,7 @@ class Dashboard:
         self.show_history(starts, "running", step)
         show(lambda board: summaries.add_hparams(board, self.config, self.split_name))
         if step == 0 and tracking.pictures_every:
-            show(lambda board: summaries.add_training_images(board, train, self.classes))
+            self.tracker.show_image("train/images", lambda: summaries.draw_training_images(train, self.classes), 0)
         if step == 0 and tracking.graph:
             show(lambda board: summaries.add_graph(board, model, train.image_shape))
 
@@ -88,14 +87,15 @@ class Dashboard:
         name, split, classes = self.split_name, self.split, self.classes
         if logits is None or split is None:
             return
-        for add in (summaries.add_confusion, summaries.add_wrong_images, summaries.add_curves):
-            show = functools.partial(add, name=name, split=split, logits=logits, classes=classes, step=step)
-            self.tracker.show(show)
+        show_image = self.tracker.show_image
+        show_image(f"{name}/confusion", lambda: summaries.draw_confusion(split, logits, classes), step)
+        show_image(f"{name}/wrong", lambda: summaries.draw_wrong_images(split, logits, classes), step)
+        self.tracker.show(lambda board: summaries.add_curves(board, name, split, logits, classes, step))
 
     def show_ranks(self, times: RankTimes, epoch: int, step: int, *, is_last: bool) -> None:
         """Show the times of each rank after epoch `epoch` (from 1), if pictures are due and there are several ranks."""
         if times.num_ranks > 1 and self._has_pictures(epoch, is_last):
-            self.tracker.show(lambda board: summaries.add_rank_times(board, times, self.hosts, step))
+            self.tracker.show_image("time/ranks", lambda: summaries.draw_rank_times(times, self.hosts), step)
 
     def show_projector(self, model: nn.Module, normalization: Normalization, step: int) -> None:
         """Show the features of the split's first images, if `tracking.projector` is true. Call it at the end of a run."""

@@ -1,4 +1,7 @@
-"""Functions for `Dashboard` that add a picture, a text or a page to a SummaryWriter. docs/dashboard.md lists the tags."""
+"""Functions for `Dashboard` that draw a picture, or add a text, curves or a page to TensorBoard's SummaryWriter.
+
+docs/dashboard.md lists the tags.
+"""
 
 import copy
 import time
@@ -16,6 +19,7 @@ from ddp_cifar.data.dataset import Split
 from ddp_cifar.data.loader import TrainLoader
 from ddp_cifar.data.normalization import Normalization
 from ddp_cifar.run.run_dir import Start
+from ddp_cifar.tracking.base import Picture
 from ddp_cifar.tracking.figures import (
     MAX_CLASSES,
     as_rgb,
@@ -147,12 +151,12 @@ def _sample(annotation: Any) -> float | str:
     return 0.0 if {int, float} & set(typing.get_args(annotation)) else ""
 
 
-def add_training_images(board: "SummaryWriter", loader: TrainLoader, classes: Sequence[str]) -> None:
-    """Add some of the first training images after augmentation, as the model sees them."""
+def draw_training_images(loader: TrainLoader, classes: Sequence[str]) -> Picture:
+    """Draw some of the first training images after augmentation, as the model sees them."""
     batch = next(iter(next(loader.steps(0))))
     images = loader.normalization.to_pixels(batch.images[:GRID_IMAGES])
     names = [(name,) for name in plain([classes[label] for label in batch.labels[:GRID_IMAGES].tolist()])]
-    board.add_image("train/images", captioned_grid(images, names), 0, dataformats="HWC")
+    return captioned_grid(images, names)
 
 
 def add_graph(board: "SummaryWriter", model: nn.Module, image_shape: Sequence[int]) -> None:
@@ -162,24 +166,19 @@ def add_graph(board: "SummaryWriter", model: nn.Module, image_shape: Sequence[in
         board.add_graph(copy.deepcopy(model).cpu().eval(), torch.zeros(1, *image_shape))
 
 
-def add_confusion(
-    board: "SummaryWriter", name: str, split: Split, logits: Tensor, classes: Sequence[str], step: int
-) -> None:
-    """Add the confusion matrix of the split `name`, from its (N, classes) logits."""
-    figure = confusion_figure(Quality.of(logits.float().cpu(), split.labels.cpu()), classes)
-    board.add_image(f"{name}/confusion", pixels(figure), step, dataformats="HWC")
+def draw_confusion(split: Split, logits: Tensor, classes: Sequence[str]) -> Picture:
+    """Draw the confusion matrix of a split, from its (N, classes) logits."""
+    return pixels(confusion_figure(Quality.of(logits.float().cpu(), split.labels.cpu()), classes))
 
 
-def add_wrong_images(
-    board: "SummaryWriter", name: str, split: Split, logits: Tensor, classes: Sequence[str], step: int
-) -> None:
-    """Add the misclassified images of the split `name` with the highest confidence, from its (N, classes) logits."""
+def draw_wrong_images(split: Split, logits: Tensor, classes: Sequence[str]) -> Picture | None:
+    """Draw the misclassified images of a split with the highest confidence, from its (N, classes) logits; None without any."""
     labels, classes = split.labels.cpu(), plain(classes)
     confidence, predicted = logits.float().cpu().softmax(1).max(1)
     ranked = confidence.where(predicted != labels, -1.0).argsort(descending=True, stable=True)
     wrong = ranked[: min(GRID_IMAGES, int((predicted != labels).sum()))]
     if not len(wrong):
-        return
+        return None
     images = split.images[split.sample_ids[wrong.to(split.sample_ids.device)]]
     captions = [
         (f"{classes[label]}, not", f"{classes[guess]} ({100 * share:.0f} %)")
@@ -187,7 +186,7 @@ def add_wrong_images(
             labels[wrong].tolist(), predicted[wrong].tolist(), confidence[wrong].tolist(), strict=True
         )
     ]
-    board.add_image(f"{name}/wrong", captioned_grid(images, captions), step, dataformats="HWC")
+    return captioned_grid(images, captions)
 
 
 def add_curves(
@@ -199,9 +198,9 @@ def add_curves(
         board.add_pr_curve(f"{name}/pr/{class_name}", (labels == label).numpy(), shares[:, label].numpy(), step)
 
 
-def add_rank_times(board: "SummaryWriter", times: RankTimes, hosts: Sequence[str], step: int) -> None:
-    """Add the times of each rank in the last rows. `hosts` has the host of each rank, or nothing."""
-    board.add_image("time/ranks", pixels(rank_times_figure(times, hosts)), step, dataformats="HWC")
+def draw_rank_times(times: RankTimes, hosts: Sequence[str]) -> Picture:
+    """Draw the times of each rank in the last rows. `hosts` has the host of each rank, or nothing."""
+    return pixels(rank_times_figure(times, hosts))
 
 
 def add_projector(

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from ddp_cifar.errors import first_line
 from ddp_cifar.log import log
-from ddp_cifar.tracking.base import Scalars
+from ddp_cifar.tracking.base import TIME, NullTracker, Picture, Scalars
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-class TensorBoardTracker:
+class TensorBoardTracker(NullTracker):
     """Writes event files. TensorBoard hides the events of earlier files at `purge_step` and later.
 
     If a file cannot be written, for example on a full disk, the next call starts a new one. Points in between are only in
@@ -32,8 +32,8 @@ class TensorBoardTracker:
     def log(self, scalars: Scalars, step: int) -> None:
         with self._reopen_on_error():
             for tag, value in scalars.items():
-                if not isinstance(value, str):
-                    self.writer.add_scalar(tag, value, step)
+                if not isinstance(value, str) and tag != TIME:
+                    self.writer.add_scalar(tag, value, step, walltime=scalars.get(TIME))
             self.writer.flush()  # so that a row of metrics.jsonl, which is written next, is here too after a kill
 
     def show(self, add: "Callable[[SummaryWriter], None]") -> None:
@@ -47,6 +47,11 @@ class TensorBoardTracker:
                 f"cannot write a part of the TensorBoard page ({type(error).__name__}: {first_line(error)}); "
                 f"training continues"
             )
+
+    def show_image(self, tag: str, draw: Callable[[], Picture | None], step: int) -> None:
+        if (pixels := draw()) is not None:
+            with self._reopen_on_error():
+                self.writer.add_image(tag, pixels, step, dataformats="HWC")
 
     def sync(self) -> None:
         self.writer.flush()

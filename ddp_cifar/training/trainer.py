@@ -17,7 +17,7 @@ from ddp_cifar.run.goodput import Goodput
 from ddp_cifar.run.heartbeat import Heartbeat, NullHeartbeat
 from ddp_cifar.run.run_dir import Start
 from ddp_cifar.run.stopping import Requests
-from ddp_cifar.tracking.base import NullTracker, Scalars, Tracker
+from ddp_cifar.tracking.base import TIME, NullTracker, Scalars, Tracker
 from ddp_cifar.tracking.dashboard import Dashboard
 from ddp_cifar.training.evaluation import Evaluator
 from ddp_cifar.training.fingerprint import fingerprint
@@ -81,8 +81,6 @@ class Trainer:
         """Use `tracker` from now on."""
         self.tracker = tracker
         self.dashboard = Dashboard(tracker, self.config, self.dataset)
-
-    # -- a run
 
     def fit(
         self,
@@ -269,6 +267,7 @@ class Trainer:
 
     def log(self, row: Scalars) -> None:
         """Log a row of the last completed step."""
+        row = {**row, TIME: time.time()}
         self.survivor.rows.log(row, self.progress.step)
         self.tracker.log(row, self.progress.step)
 

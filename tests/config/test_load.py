@@ -259,8 +259,8 @@ run_dir resume device backend data.root data.cache data.residency comm.timeout_s
 train.log_every train.max_hours train.deadline train.agree_every train.hang_timeout_s train.fingerprint_every
 train.silent_timeout_s train.straggler_factor checkpoint.on_failure
 checkpoint.every_epochs checkpoint.every_steps checkpoint.every_minutes checkpoint.keep
-tracking.name tracking.args tracking.pictures_every tracking.histograms_every tracking.graph tracking.projector
-tracking.hparams
+tracking.name tracking.args tracking.group tracking.artifacts tracking.pictures_every tracking.histograms_every
+tracking.graph tracking.projector tracking.hparams
 """
 
 
