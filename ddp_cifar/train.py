@@ -22,7 +22,7 @@ from ddp_cifar.command import (
 )
 from ddp_cifar.config import TrainConfig, load_config, recipe_of, to_yaml
 from ddp_cifar.distributed.environment import check_started_by_torchrun, rank_and_world_size
-from ddp_cifar.errors import UserError
+from ddp_cifar.errors import UserError, few_of
 from ddp_cifar.log import log, log_to_file, show
 from ddp_cifar.run.run_dir import RunDir, Start
 
@@ -188,14 +188,8 @@ def start_records(
     from ddp_cifar.tracking.jsonl import last_value
 
     config, progress = trainer.config, trainer.progress
-    hosts = dict.fromkeys(host for host, _ in places)
-    about = {
-        "recipe": recipe,
-        "ranks": str(len(places)),
-        "hosts": ", ".join(hosts),
-        "device": places[0][1],
-        **versions(),
-    }
+    hosts = few_of(list(dict.fromkeys(host for host, _ in places)))
+    about = {"recipe": recipe, "ranks": str(len(places)), "hosts": hosts, "device": places[0][1], **versions()}
     try:
         run_dir.write_config(to_yaml(config))
         senders = build_senders(config, about, lambda: not progress.evaluating)

@@ -18,7 +18,7 @@ from ddp_cifar.errors import first_line
 from ddp_cifar.log import log
 from ddp_cifar.run.run_dir import RunDir
 from ddp_cifar.text_files import parse_json, read_text
-from ddp_cifar.tracking.base import NullTracker, Picture, Scalars
+from ddp_cifar.tracking.base import TIME, NullTracker, Picture, Scalars
 from ddp_cifar.tracking.records import Record, Records, write_picture
 
 BATCH = 200
@@ -64,7 +64,7 @@ class LogAndClose:
         try:
             for record in records:
                 if record.scalars:
-                    self.tracker.log(record.scalars, record.step)
+                    self.tracker.log({**record.scalars, TIME: record.time}, record.step)
                 self.last_step = record.step
         finally:
             self.memory.parent.mkdir(exist_ok=True)
