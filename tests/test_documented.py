@@ -38,6 +38,7 @@ CANNOT = {
     r"^(srun_options=|sbatch --container|sbatch --mem$)": "part of a script, or only an option",
     r"^kubectl |^sed .* kubectl ": "needs a cluster; tests/test_kubernetes.py runs the manifest",
     r"^(podman|apptainer) |^mkdir -p runs$": "builds or runs an image; tests/test_containers.py checks its recipes",
+    r"^wandb sync |^export (MLFLOW_TRACKING_URI|WANDB_MODE)=": "needs an account or a server, or sets a variable",
     r"^torch\.save": "needs the class of the original script",
     r"^torchrun (is not on PATH|--max-restarts)|^\.\.\. is not": "is a message or an option",
     r"^python -c": "checks CUDA on a GPU machine",
@@ -80,6 +81,7 @@ RUN_BY = {
     r"^python tests/recovery\.py": "test_faults.py::test_the_recovery_from_a_killed_rank_is_measured",
     r"^launch/check_node\.sh": "slurm/test_train.py::test_a_spare_node_replaces_a_lost_one",
     r"^slurm/guard\.sh": "slurm/test_train.py::test_a_job_that_loses_the_node_of_its_script_is_requeued",
+    r"-m ddp_cifar\.sync ": "tracking/test_services.py::test_a_run_without_a_tracker_is_sent_afterwards",
     r"^tests/\S+\.py$": "",
 }
 """The test that runs each command that needs a cluster, several hosts, minutes, or special checks."""
