@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ddp_cifar.distributed.environment import is_lost_peer, rank_and_world_size
-from ddp_cifar.errors import CrashLoop, LostRank, RunError, UserError, first_line
+from ddp_cifar.errors import LostRank, NoRestart, RunError, UserError, first_line
 from ddp_cifar.log import log, set_up_logging
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_SAVE_FAILED = 1, 2, 3
@@ -57,7 +57,7 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
     except KeyboardInterrupt:
         log.error("interrupted")
         status = EXIT_FAILED
-    except CrashLoop as error:
+    except NoRestart as error:
         log.error(error)
         record_error(str(error), EXIT_FAILED, is_final=True)
         status = final_status(EXIT_FAILED)

@@ -29,15 +29,15 @@ class RunError(RuntimeError):
 
 
 class FaultyReplica(RunError):
-    """The same, on a rank whose weights differ from those of most ranks. Its node must not be used again."""
+    """The same, on a rank whose weights, or results, are not those of most ranks. Its node must not be used again."""
 
 
 class LostRank(RunError):
     """Another rank was killed, and this one knows why. The state of the run is not the cause."""
 
 
-class CrashLoop(RunError):
-    """Another start of the run would fail as the last ones did. The job must end, also if restarts are left."""
+class NoRestart(RunError):
+    """The job must end, also if restarts are left: another start would fail too, or on a device that is not trusted."""
 
 
 DEVICE_FAILURES = (

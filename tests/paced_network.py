@@ -29,7 +29,7 @@ class Network(nn.Sequential):
     """A network with the same kinds of layers as the CNN (BatchNorm, both dropouts), a thousandth of its size."""
 
     def __init__(self, num_classes: int, image_size: int) -> None:
-        self.passes = 0
+        self.passes, self.is_wrong = 0, False
         super().__init__(
             nn.Conv2d(3, 8, 3, padding=1),
             nn.BatchNorm2d(8),
@@ -69,6 +69,13 @@ def diverge(network: Network) -> None:
     network[0].weight.data += 1e-6
 
 
+def corrupt(network: Network) -> None:
+    """From now on, this rank computes wrong gradients."""
+    if not network.is_wrong:
+        network[0].weight.register_hook(lambda gradient: gradient * 1.001)
+    network.is_wrong = True
+
+
 def sleep_until_killed(_: object) -> None:
     time.sleep(10_000)
 
@@ -84,6 +91,7 @@ FAULTS: dict[str, Callable[[Network], object]] = {
     "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
     "leave": lambda _: os._exit(0),
     "diverge": diverge,
+    "corrupt": corrupt,
     "allocate": allocate,
 }
 

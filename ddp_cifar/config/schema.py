@@ -407,6 +407,12 @@ class TrainConfig:
     fingerprint_every: int | None = setting(200, at_least=1, role="non_result")
     """Number of steps between fingerprints (hashes) of the weights. They are compared across ranks and written to
     metrics.jsonl, where ddp_cifar.compare reads them. Every epoch's end also has one. null: only at the end of an epoch."""
+    verify_every: int | None = setting(1000, at_least=1, role="non_result")
+    """Number of steps between checks of the devices: each rank computes a micro-batch of another rank again, and the bits must
+    be the same (docs/verification.md). null: never."""
+    on_corruption: Literal["stop", "exclude"] = setting("stop", role="non_result")
+    """If a device computes wrong numbers: stop ends the job. exclude restarts the run without that node, where the launcher
+    can (slurm/train.sh, or MIN_NODES). Both resume from the newest checkpoint before the last check that found nothing wrong."""
     straggler_factor: float | None = setting(2.0, above=1, role="non_result")
     """Warn about a rank whose local work (data, forward, update) took this many times as long as that of the other ranks in
     two consecutive intervals of `log_every` steps, and about an exchange between ranks that took this many times as long

@@ -4,6 +4,7 @@ If a split fits on the device, it is stored there, and nothing is copied per bat
 batch is copied as uint8 from pinned memory, on a separate stream, while the previous batch is in use.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -212,22 +213,26 @@ class TrainLoader(EvalLoader):
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[StepBatch]:
         """Yield the epoch's steps, starting with `first_step`."""
-        augmentations = self.augmentations(epoch)
         steps, again = itertools.tee(self.sampler.steps(epoch, first_step, self.split.images.device))
-
-        def make(micro: MicroBatchIndices) -> MicroBatch:
-            place = (self.seed, epoch, micro.step, micro.index)
-            images, labels, sample_ids = self.gather(micro.indices, augmentations, *place)
-            targets = labels
-            if self.config.mixes:
-                images, share = mix(images, self.config, *place)
-                images = images.contiguous(memory_format=self.memory_format)
-                targets = soft_labels(labels, share, self.num_classes)
-            return MicroBatch(micro.index, images, labels, sample_ids, targets)
-
+        make = functools.partial(self._make, epoch, self.augmentations(epoch))
         prefetcher = Prefetcher(make, (micro for step in again for micro in step.micro_batches), self.stream)
         for indices in steps:
             yield StepBatch(indices, prefetcher.take)
+
+    def micro_batch(self, epoch: int, step: int, index: int) -> MicroBatch:
+        """Return any micro-batch of step `step` of an epoch, also one of another rank."""
+        batch, count = self.sampler.global_batch(epoch, step, self.split.images.device)
+        return self._make(epoch, self.augmentations(epoch), MicroBatchIndices(step, index, batch[index::count]))
+
+    def _make(self, epoch: int, augmentations: Tensor, micro: MicroBatchIndices) -> MicroBatch:
+        place = (self.seed, epoch, micro.step, micro.index)
+        images, labels, sample_ids = self.gather(micro.indices, augmentations, *place)
+        targets = labels
+        if self.config.mixes:
+            images, share = mix(images, self.config, *place)
+            images = images.contiguous(memory_format=self.memory_format)
+            targets = soft_labels(labels, share, self.num_classes)
+        return MicroBatch(micro.index, images, labels, sample_ids, targets)
 
     def augmentations(self, epoch: int, purpose: str = "augment") -> Tensor:
         """Return (num_ids, 3 or 5) int32, where the split is stored: crop, flip and cutout of each sample id in this epoch."""

@@ -62,6 +62,11 @@ class StepSampler:
         self.sampler.set_epoch(epoch)  # without it, every epoch would have the order of the first
         return torch.tensor(list(self.sampler))
 
+    def global_batch(self, epoch: int, step: int, device: torch.device | None = None) -> tuple[Tensor, int]:
+        """Return the (B,) indices of a step of an epoch over all ranks, in their order, and the number of micro-batches."""
+        batch = self.order(epoch)[step * self.plan.global_batch_size : (step + 1) * self.plan.global_batch_size]
+        return batch.to(device), self.plan.micro_batches(len(batch))
+
     def steps(self, epoch: int, first_step: int = 0, device: torch.device | None = None) -> Iterator[StepIndices]:
         """Yield this rank's part of the epoch's steps, starting with `first_step`; earlier steps are not read.
 

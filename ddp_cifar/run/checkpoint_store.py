@@ -11,6 +11,10 @@ from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
 from ddp_cifar.run.checkpoint_file import State, digest, load_checkpoint, save_checkpoint, snapshot
 from ddp_cifar.run.run_dir import SURVIVORS, lock_file
+from ddp_cifar.text_files import read_text
+
+VERIFIED = "verified"
+"""The file with the number of the last step at which the devices were checked."""
 
 SURVIVOR_TIMEOUT_S = 20.0
 """The longest wait for another rank to save the last completed step. torchrun kills a rank 30 s after another one has failed."""
@@ -133,6 +137,33 @@ class Checkpoints:
             raise error
         return True
 
+    @property
+    def verified_step(self) -> int:
+        """The last step at which a check of the devices has found nothing wrong, 0 without one."""
+        with contextlib.suppress(OSError, ValueError):
+            return int(read_text(self.folder / VERIFIED))
+        return 0
+
+    def verify(self, step: int) -> None:
+        """Note that the devices have been checked in the state after `step` steps. Older checkpoints can be trusted."""
+        with contextlib.suppress(OSError):
+            temporary = self.folder / f"{VERIFIED}.tmp"
+            temporary.write_text(f"{step}\n")
+            os.replace(temporary, self.folder / VERIFIED)
+
+    def distrust(self) -> None:
+        """Rename the checkpoints after `verified_step` to unverified_*, so that no run resumes from them."""
+        self.finish()
+        verified, paths = self._path(self.verified_step), self.paths()
+        for path in (path for path in paths if path > verified):
+            path.rename(path.with_name(f"unverified_{path.name}"))
+        self.last_good = next((path for path in paths if path <= verified), None)
+        for name in ("latest.pt", "best.pt"):
+            if not (link := self.folder / name).exists():
+                link.unlink(missing_ok=True)
+        if self.last_good:
+            self.link(self.last_good, None)
+
     def link(self, latest: Path, best_step: int | None) -> None:
         """Set `latest.pt` and `best.pt`. A resume also calls it, as a kill may happen after a save and before its links."""
         for name, path in (("latest.pt", latest), ("best.pt", None if best_step is None else self._path(best_step))):
@@ -166,6 +197,7 @@ class Checkpoints:
         # damaged ones do not count toward `keep`, and are left for the user to inspect
         good = [path for path in self.paths() if path not in self.bad]
         keep = {path.name for path in good[: self.keep]} | ({os.readlink(best)} if best.is_symlink() else set())
+        keep |= {path.name for path in [path for path in good if path <= self._path(self.verified_step)][:1]}
         for path in good:
             if path.name not in keep:
                 path.unlink()
@@ -181,6 +213,12 @@ class NullCheckpoints(Checkpoints):
     def save(
         self, state: State, step: int, best_step: int | None = None, first: Callable[[], None] = lambda: None
     ) -> None:
+        pass
+
+    def verify(self, step: int) -> None:
+        pass
+
+    def distrust(self) -> None:
         pass
 
     def finish(self, timeout_s: float | None = None) -> bool:

@@ -4,9 +4,9 @@ import contextlib
 import re
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ddp_cifar.distributed.collectives import ranks_text
 from ddp_cifar.run.events import ERROR, WAITING, WARNING, Event, find_waits, read_crash, read_events
@@ -14,13 +14,20 @@ from ddp_cifar.run.memory import oom_kills
 from ddp_cifar.run.run_dir import CRASH_LOOP, RunDir, Start, read_rows
 from ddp_cifar.run.signs import read_signs
 
+VERIFIED = "run/verified_micro_batches"
+"""The tag of a row of a check of the devices."""
+
 SILENT_S = 20.0
 """A live rank has written a heartbeat in the last so many seconds."""
 
 ADVICE = (
     (r"lack of memory|out of memory", "request more memory, or use a smaller train.micro_batch_size"),
     (r"is not finite", "see docs/faq.md, The loss is NaN"),
-    (r"the weights of .* differ", "leave that node out, and run the preflight on it"),
+    (
+        r"computed wrong|computes wrong",
+        "leave that node out, and run the preflight on it; then run the same command to resume",
+    ),
+    (r"the (weights|optimizer state) of .* differ", "leave that node out, and run the preflight on it"),
     (r"no heartbeat from", "check that host, then run the same command to resume"),
     (
         r"skipped a collective",
@@ -74,6 +81,8 @@ class Diagnosis:
     checkpoint: str = ""
     """The newest checkpoint."""
     advice: str = ""
+    checks: int = 0
+    """Checks of the devices that have found nothing wrong."""
     peak_memory: int = 0
     """The largest peak memory of a rank on its host, in bytes."""
     details: Sequence[str] = field(default_factory=list)
@@ -208,6 +217,7 @@ class _Reader:
             steps_lost=max(0, self.step - saved) if failed else 0,
             checkpoint=str(newest) if newest else "",
             advice=advice or next((text for part, text in ADVICE if re.search(part, cause)), RESUME),
+            checks=sum(VERIFIED in row for row in self._rows()),
             peak_memory=max((sign.peak_memory for sign in self.signs.values()), default=0),
             details=[*(detail for detail in details if detail not in cause), *self._warnings()],
         )
@@ -259,12 +269,15 @@ class _Reader:
             f"{len(warnings)} warning{'s' * (len(warnings) > 1)}, the last one from rank {last.rank}: {last.message}"
         ]
 
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        with contextlib.suppress(OSError, ValueError):
+            yield from read_rows(self.run_dir.metrics)
+
     def _last_result(self) -> str:
         """The last accuracies in metrics.jsonl."""
         last: dict[str, float] = {}
-        with contextlib.suppress(OSError, ValueError):
-            for row in read_rows(self.run_dir.metrics):
-                last |= {tag: value for tag, value in row.items() if tag in ("val/accuracy", "test/accuracy")}
+        for row in self._rows():
+            last |= {tag: value for tag, value in row.items() if tag in ("val/accuracy", "test/accuracy")}
         return (
             ", ".join(f"{tag.partition('/')[0]} accuracy {100 * value:.2f}%" for tag, value in last.items())
             or "all steps are done"

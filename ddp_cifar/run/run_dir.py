@@ -33,7 +33,7 @@ from typing import IO, Any, TypeGuard
 
 from ddp_cifar.config import by_looks, parse_yaml
 from ddp_cifar.distributed.environment import is_lost_peer
-from ddp_cifar.errors import CrashLoop, FaultyReplica, LostRank, UserError, first_line, is_device_failure
+from ddp_cifar.errors import FaultyReplica, LostRank, NoRestart, UserError, first_line, is_device_failure
 from ddp_cifar.log import log
 from ddp_cifar.run.memory import lack_of_memory
 from ddp_cifar.text_files import parse_json, read_lines, read_text
@@ -185,7 +185,7 @@ class RunDir:
         return starts
 
     def check_crash_loop(self, step: int, reached: int) -> None:
-        """Raise `CrashLoop` if the last starts have crashed without a new step, as the next one would.
+        """Raise `NoRestart` if the last starts have crashed without a new step, as the next one would.
 
         The next start resumes from `step`; the last one reached step `reached`. The same error twice is enough; crashes
         without a known error have to be three in a row.
@@ -208,7 +208,7 @@ class RunDir:
                 f"same command"
             )
             self.write_status(f"{CRASH_LOOP}: {message}")
-            raise CrashLoop(message)
+            raise NoRestart(message)
 
     def read_config(self) -> dict[str, Any]:
         """Return the content of config.yaml as nested dicts. Raises `OSError`, or `ValueError` if it has no keys."""
@@ -234,7 +234,7 @@ class RunDir:
             if is_lost_peer(error) and (reason := lack_of_memory()):
                 raise LostRank(reason) from error
             if isinstance(error, FaultyReplica):
-                self.note_bad_node("has a rank whose weights differ from the others'")
+                self.note_bad_node(f"has a faulty rank: {first_line(error)}")
             elif is_device_failure(error):
                 self.note_bad_node(f"has a GPU that failed: {first_line(error)}")
             if not is_lost_peer(error) and not self.read_status().startswith("failed"):

@@ -1,7 +1,8 @@
 """The mean of a model's buffers over the micro-batches of a step, in the same way as gradients."""
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,24 @@ class BufferMean:
         self._copy_assigned()
         self._put_views_back()
         self.starts = self._clones()
+
+    def values(self) -> list[Tensor]:
+        """Return all current values, one flat tensor per dtype."""
+        self._copy_assigned()
+        return self.flats
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """In the body, the buffers start from the end of the last complete step. Afterwards they are as before."""
+        self._copy_assigned()
+        before = self._clones()
+        self.undo_step()
+        try:
+            yield
+        finally:
+            for flat, value in zip(self.flats, before, strict=True):
+                flat.copy_(value)
+            self._put_views_back()
 
     def undo_step(self) -> None:
         """Restore the buffers to the end of the last complete step."""

@@ -1,5 +1,7 @@
 """A fingerprint of all weights and buffers of a model, computed on its device. It changes if any bit changes."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -12,15 +14,22 @@ def fingerprint(model: nn.Module) -> int:
 
     Waits for the device. The hash detects accidental changes, not attacks.
     """
-    sums = [_hash(tensor) for tensor in model.state_dict().values()]
+    return combine([hash_of(tensor) for tensor in model.state_dict().values()])
+
+
+def combine(hashes: Sequence[Tensor]) -> int:
+    """Return a 63-bit hash of () int64 hashes and their order. Waits for the device."""
     total = 0
-    for value in torch.stack(sums).tolist():
+    for value in torch.stack(list(hashes)).tolist() if hashes else []:
         total = (total * 31 + value) % (2**63 - 1)
     return total
 
 
-def _hash(tensor: Tensor) -> Tensor:
-    """() int64: the sum of the tensor's 32-bit words, each multiplied by an odd number that depends on its position."""
+def hash_of(tensor: Tensor) -> Tensor:
+    """() int64: the sum of the tensor's 32-bit words, each multiplied by an odd number that depends on its position.
+
+    It changes if any bit changes. The memory order does not matter.
+    """
     flat = tensor.contiguous().flatten()
     if flat.element_size() < 4:
         flat = flat.float()  # exact for bf16, fp16 and small integers

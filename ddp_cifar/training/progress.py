@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ddp_cifar.config import Config
 from ddp_cifar.data.dataset import is_same_data
-from ddp_cifar.errors import UserError
+from ddp_cifar.errors import FaultyReplica, NoRestart, RunError, UserError
 from ddp_cifar.log import log
 from ddp_cifar.run.checkpoint_file import State
 from ddp_cifar.training.totals import Totals
@@ -151,8 +151,21 @@ class Stopped(Exception):
 
 
 class Failed(Exception):
-    """Raised on all ranks at the same call if the run cannot continue. `faulty`: the ranks whose weights are wrong."""
+    """Raised on all ranks at the same call if the run cannot continue. `faulty`: the ranks whose weights or device are wrong."""
 
-    def __init__(self, message: str, faulty: Sequence[int] = ()) -> None:
+    def __init__(self, message: str, faulty: Sequence[int] = (), *, ends_job: bool = False) -> None:
+        """`ends_job`: the run must not be started again by a launcher."""
         super().__init__(message)
         self.faulty = faulty
+        self.ends_job = ends_job
+
+    def error_of(self, rank: int) -> type[RunError]:
+        """Return the type of the error with which a rank ends."""
+        if self.ends_job:
+            return NoRestart
+        return FaultyReplica if rank in self.faulty else RunError
+
+
+def due(count: int, every: int | None) -> bool:
+    """True at every `every`-th count; never for None."""
+    return every is not None and count % every == 0

@@ -83,6 +83,7 @@ class TrainStep:
         self.step, self.lr = 0, 0.0
         """The number of completed steps before the current one, and its learning rate."""
         self.batch: Iterable[MicroBatch] = ()  # of the current step
+        self.around_pass: Callable[[MicroBatch], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
         # with fp16, a scaled gradient may overflow
         self.norm_check = NormCheck(config.train, world, enabled=precision != "fp16", waits=self.waits_for_sums)
         # scales the loss so that small fp16 gradients do not vanish, and skips updates that overflow
@@ -116,7 +117,7 @@ class TrainStep:
         last = len(batch) - 1
         for position, micro_batch in enumerate(metrics.timer.timed("data", batch)):
             # ranks exchange gradients once per step, in the last micro-batch's backward
-            with contextlib.nullcontext() if position == last else self.ddp.no_sync():
+            with contextlib.nullcontext() if position == last else self.ddp.no_sync(), self.around_pass(micro_batch):
                 self.forward_backward(micro_batch, batch.num_images, step, metrics, is_last=position == last)
         if not batch:
             self.join_exchange(metrics)
@@ -235,8 +236,7 @@ class TrainStep:
 
     def trial_images(self, num_images: int) -> Tensor:
         """Return (B, C, H, W) images for dummy passes. They are ramps, since a model may divide by an image's contrast."""
-        values = torch.linspace(-1, 1, math.prod(self.image_shape), device=self.world.device)
-        image = values.view(self.image_shape)
+        image = torch.linspace(-1, 1, math.prod(self.image_shape), device=self.world.device).view(self.image_shape)
         channels_last = self.config.train.channels_last
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         return image.repeat(num_images, 1, 1, 1).to(memory_format=memory_format)

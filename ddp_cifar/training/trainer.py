@@ -9,7 +9,6 @@ from ddp_cifar.data.dataset import DataSet
 from ddp_cifar.data.loader import TrainLoader
 from ddp_cifar.data.normalization import normalization_of
 from ddp_cifar.distributed.world import World
-from ddp_cifar.errors import FaultyReplica, RunError
 from ddp_cifar.log import log
 from ddp_cifar.run.checkpoint_file import State
 from ddp_cifar.run.checkpoint_store import Checkpoints
@@ -23,10 +22,11 @@ from ddp_cifar.training.evaluation import Evaluator
 from ddp_cifar.training.fingerprint import fingerprint
 from ddp_cifar.training.metrics import TrainMetrics, epoch_line
 from ddp_cifar.training.profiling import NullProfiler
-from ddp_cifar.training.progress import Failed, Progress, Stopped
+from ddp_cifar.training.progress import Failed, Progress, Stopped, due
 from ddp_cifar.training.rank_exchange import RankExchange
 from ddp_cifar.training.step import TrainStep
 from ddp_cifar.training.survivor import Survivor
+from ddp_cifar.training.verification import Verifier
 from ddp_cifar.training.warmup import memory_advice
 
 SAVE_TIMEOUT_S = 60.0
@@ -69,6 +69,7 @@ class Trainer:
         """The step at which `train_epoch` stops. `fit` uses the config's; a benchmark, which calls `train_epoch`, changes it."""
         if config.train.max_steps is not None:
             self.last_step = min(self.last_step, config.train.max_steps)
+        self.verifier = Verifier(config.train, world, train_step, train_loader, checkpoints)
         self.save_due = False
         saves = config.checkpoint.on_failure
         self.survivor = Survivor(world, train_step, self.metrics, checkpoints, self.state_dict, enabled=saves)
@@ -123,7 +124,7 @@ class Trainer:
             self.ranks.finish()
         except Failed as failed:
             self.survivor.forbid(str(failed))
-            error = FaultyReplica if self.world.rank in failed.faulty else RunError
+            error = failed.error_of(self.world.rank)
             raise error(f"{failed}; {self.describe_last_good()}") from None
         return reason
 
@@ -139,10 +140,13 @@ class Trainer:
         with memory_advice(self.train_step, self.heartbeat.logs), bar:
             while progress.step_in_epoch < end:
                 batch = next(steps)
-                norm = self.train_step.gradients(batch, progress.step, self.metrics)
+                with self.verifier.checking(progress) as checked:
+                    norm = self.train_step.gradients(batch, progress.step, self.metrics)
                 with self.survivor.changing():
                     progress.advance(end, updated=self.train_step.update(norm, self.metrics))
                     self.metrics.add_step(norm, batch)
+                    if checked:
+                        self.log(checked)
                     if due(progress.step, config.train.log_every):
                         self.log_window()
                     if due(progress.step, config.train.fingerprint_every):
@@ -292,8 +296,3 @@ class Trainer:
         self.progress.resume(state["progress"], source)
         self.train_loader.normalization.load_state_dict(normalization_of(state).state_dict(), source)
         self.train_step.load_state_dict(state, source, self.progress.updates)
-
-
-def due(count: int, every: int | None) -> bool:
-    """True at every `every`-th count; never for None."""
-    return every is not None and count % every == 0

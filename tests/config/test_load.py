@@ -257,7 +257,7 @@ augment.crop_padding augment.flip augment.cutout augment.name augment.args augme
 NON_RESULT = """
 run_dir resume device backend data.root data.cache data.residency comm.timeout_s train.profile_steps
 train.log_every train.max_hours train.deadline train.agree_every train.hang_timeout_s train.fingerprint_every
-train.silent_timeout_s train.straggler_factor checkpoint.on_failure
+train.silent_timeout_s train.straggler_factor train.verify_every train.on_corruption checkpoint.on_failure
 checkpoint.every_epochs checkpoint.every_steps checkpoint.every_minutes checkpoint.keep
 tracking.name tracking.args tracking.group tracking.artifacts tracking.pictures_every tracking.histograms_every
 tracking.graph tracking.projector tracking.hparams

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ddp_cifar.errors import CrashLoop, FaultyReplica, RunError
+from ddp_cifar.errors import FaultyReplica, NoRestart, RunError
 from ddp_cifar.run.run_dir import RunDir
 
 
@@ -25,7 +25,7 @@ def test_a_faulty_replica_names_its_node(tmp_path: Path, monkeypatch: pytest.Mon
     for error in (RunError("the weights of rank 1 differ"), FaultyReplica("the weights of rank 1 differ")):
         with pytest.raises(RunError), RunDir(str(tmp_path)).recording_failure():
             raise error
-    assert (tmp_path / "bad_nodes").read_text() == "node7 has a rank whose weights differ from the others'\n"
+    assert (tmp_path / "bad_nodes").read_text() == "node7 has a faulty rank: the weights of rank 1 differ\n"
     assert RunDir(str(tmp_path)).read_status() == "failed: the weights of rank 1 differ"
 
 
@@ -61,7 +61,7 @@ def test_three_crashes_without_a_new_step_end_the_job(run_dir: RunDir) -> None:
     for _ in range(3):
         start_and_end(run_dir, 9, 9, "running")
     with pytest.raises(
-        CrashLoop, match=r"not starting again: 3 starts crashed at step 9, without a new step; see .*logs, fix"
+        NoRestart, match=r"not starting again: 3 starts crashed at step 9, without a new step; see .*logs, fix"
     ):
         run_dir.check_crash_loop(9, 9)
     assert run_dir.read_status().startswith("failed: crash loop: not starting again")
@@ -85,7 +85,7 @@ def test_the_same_error_twice_at_the_same_step_ends_the_job(run_dir: RunDir) -> 
     start_and_end(run_dir, 9, 9, "failed: another error")
     start_and_end(run_dir, 9, 9, "failed: no such file a.png")
     start_and_end(run_dir, 9, 9, "failed: no such file a.png")
-    with pytest.raises(CrashLoop, match=r"not starting again: failed: no such file a.png \(twice\) at step 9"):
+    with pytest.raises(NoRestart, match=r"not starting again: failed: no such file a.png \(twice\) at step 9"):
         run_dir.check_crash_loop(9, 9)
 
 

@@ -254,19 +254,29 @@ def test_a_bad_node_is_excluded_if_the_job_is_requeued(
     assert (job.run_dir / "bad_nodes").read_text() == "node2 was the node of two ranks that died\n"
 
 
-def test_the_node_of_a_replica_that_diverges_is_not_used_again(
-    cluster: Cluster, tmp_path: Path, uninterrupted: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("diverge", "the weights of rank"), ("corrupt", r"in step \d+, rank \d has computed wrong gradients")],
+)
+def test_the_node_of_a_replica_that_diverges_or_computes_wrong_numbers_is_not_used_again(
+    cluster: Cluster,
+    tmp_path: Path,
+    uninterrupted: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    reason: str,
 ) -> None:
-    """The state of that moment is not saved: the run continues from its last checkpoint."""
+    """The state of that moment is not saved: the run continues from its last checkpoint that can be trusted."""
     fault = tmp_path / "fault"
     monkeypatch.setenv("FAULT_FILE", str(fault))
-    arguments = (*SHORT, *REPRODUCIBLE, "train.fingerprint_every=2")
+    arguments = (*SHORT, *REPRODUCIBLE, "train.fingerprint_every=2", "train.on_corruption=exclude")
+    arguments += ("train.verify_every=2",) if kind == "corrupt" else ()
     job = Job(cluster, tmp_path, "--nodes=3", arguments=arguments)
     job.wait_under_way()
-    fault.write_text("diverge node3")
+    fault.write_text(f"{kind} node3")
     assert job.finish() == uninterrupted(*arguments)
     assert cluster.restarts(job.id) == 0
-    assert "node3 has a rank whose weights differ from the others'" in (job.run_dir / "bad_nodes").read_text()
+    assert re.search(f"node3 has a faulty rank: {reason}", (job.run_dir / "bad_nodes").read_text())
     assert "the run crashed; starting again on 2 of its 3 nodes (node1,node2)" in job.log
 
 

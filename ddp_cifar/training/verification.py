@@ -1,0 +1,297 @@
+"""Checks that devices compute right: a rank computes a micro-batch of another rank again, and the bits must be the same."""
+
+import contextlib
+import functools
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddp_cifar.config import TrainConfig
+from ddp_cifar.data.loader import MicroBatch, TrainLoader
+from ddp_cifar.distributed.collectives import ranks_text
+from ddp_cifar.distributed.world import World
+from ddp_cifar.log import log
+from ddp_cifar.run.checkpoint_store import Checkpoints
+from ddp_cifar.run.environment import device_name
+from ddp_cifar.seeding import seed_dropout
+from ddp_cifar.training.fingerprint import combine, fingerprint, hash_of
+from ddp_cifar.training.progress import Failed, Progress, due
+from ddp_cifar.training.step import TrainStep
+
+NOT_REPEATED = (
+    "the model is not deterministic, or a device is faulty; find out with train.deterministic=true, or the preflight"
+)
+
+
+class Digest(NamedTuple):
+    """63-bit hashes of what a rank has computed for a micro-batch. Zeros if it has computed none."""
+
+    images: int = 0
+    """The network's input and the targets."""
+    gradients: int = 0
+    """The gradient of each parameter, of this micro-batch alone, before it is added to others or exchanged."""
+    buffers: int = 0
+    """All buffers after the forward pass, which starts from those at the start of the step."""
+
+
+class Verdict(NamedTuple):
+    """What a check has found."""
+
+    text: str
+    ranks: Sequence[int]
+    """The ranks whose device is wrong, or may be."""
+
+
+class Verifier:
+    """Compares micro-batches between ranks, every `train.verify_every` steps, before the update.
+
+    The digest of a micro-batch is taken from the training pass itself. In the same state, another rank computes the micro-batch
+    again. Which ones are compared changes from check to check. With one rank, it computes its own again.
+
+    At the first check of a start, each rank also computes its own again. If a rank does not repeat its bits, the model may not be
+    deterministic: there are no more checks.
+    """
+
+    def __init__(
+        self, config: TrainConfig, world: World, train_step: TrainStep, loader: TrainLoader, checkpoints: Checkpoints
+    ) -> None:
+        self.world = world
+        self.train_step = train_step
+        self.loader = loader
+        self.checkpoints = checkpoints
+        self.every = every = config.verify_every
+        self.ends_job = config.on_corruption == "stop"
+        self._repeats = False
+        """True if the ranks have been seen to repeat their bits."""
+        self.parameters = [parameter for parameter in train_step.model.parameters() if parameter.requires_grad]
+        if every is not None and (reason := _why_not(world, train_step)):
+            log.info(f"devices are not verified (train.verify_every={every}): {reason}")
+            self.every = None
+
+    @contextlib.contextmanager
+    def checking(self, progress: Progress) -> Iterator[dict[str, float]]:
+        """Compute the gradients of the next step in the body. If a check is due, compare the ranks' digests afterwards.
+
+        Every rank must call it. Yields a row of metrics that is filled then. Raises `Failed`, which names the ranks whose device
+        is wrong.
+        """
+        row: dict[str, float] = {}
+        if not due(progress.step + 1, self.every):
+            yield row
+            return
+        recorded: list[Callable[[], Digest]] = []
+        index = self._index_of(self.world.rank, progress)
+
+        def record(batch: MicroBatch) -> contextlib.AbstractContextManager[object]:
+            return self._recording(batch, recorded) if batch.index == index else contextlib.nullcontext()
+
+        self.train_step.around_pass = record
+        try:
+            yield row
+        finally:
+            self.train_step.around_pass = contextlib.nullcontext
+        started = time.perf_counter()
+        if compared := self._check(progress, recorded[0]() if recorded else Digest()):
+            row |= {"run/verified_micro_batches": compared, "time/verify_s": time.perf_counter() - started}
+            self.checkpoints.verify(progress.step)
+
+    def _check(self, progress: Progress, own: Digest) -> int:
+        """Compare the ranks' digests; return the number of micro-batches that were compared, 0 if they cannot be.
+
+        The weights and the optimizer's state are compared first: if they differ, so does everything that follows from them.
+        """
+        of, by = self._pairs(progress)
+        index = of[self.world.rank]
+        state = fingerprint(self.train_step.model), self._hash_of_optimizer()
+        again = self._compute(index, progress) if index is not None else Digest()
+        mine = self._index_of(self.world.rank, progress)
+        repeats = self._repeats or mine is None or self._compute(mine, progress) == own
+        rows = self.world.gather([*state, *own, *again, repeats])
+        states = [tuple(row[:2]) for row in rows]
+        first, checks = [Digest(*row[2:5]) for row in rows], [Digest(*row[5:8]) for row in rows]
+        self._repeats, others = True, [rank for rank, row in enumerate(rows) if not row[8]]
+        wrong = [
+            (rank, found) for rank, found in enumerate(of) if found is not None and checks[rank] != first[by[rank]]
+        ]
+        if len(set(states)) > 1:
+            verdict = judge_states(states)
+        elif others:
+            verdict = Verdict(f"{ranks_text(others)} did not compute the same bits twice", [])
+        elif wrong:
+            repeated = [self._repeat(found, progress) for _, found in wrong]
+            verdict = judge({(by[rank], rank): (first[by[rank]], checks[rank]) for rank, _ in wrong}, repeated)
+        else:
+            return sum(found is not None for found in of)
+        if not verdict.ranks:
+            log.warning(
+                f"devices are not verified any more: in step {progress.step + 1}, {verdict.text}: {NOT_REPEATED}"
+            )
+            self.every = None
+            return 0
+        hosts = self.world.gather_objects(socket.gethostname())
+        where = ", ".join(f"rank {rank} is on {hosts[rank]}" for rank in verdict.ranks)
+        self.checkpoints.distrust()
+        text = f"in step {progress.step + 1}, {verdict.text} ({where})"
+        raise Failed(text, faulty=verdict.ranks, ends_job=self.ends_job)
+
+    # -- which micro-batches are compared
+
+    def _index_of(self, rank: int, progress: Progress) -> int | None:
+        """The micro-batch of a rank that the next step's check looks at; None if the rank has none."""
+        share = self.train_step.plan.shares(self._num_images(progress))[rank]
+        return share[self._number(progress) % len(share)] if share else None
+
+    def _pairs(self, progress: Progress) -> tuple[list[int | None], list[int]]:
+        """For each rank, the micro-batch that it computes again, and the rank that has trained on it."""
+        size = self.world.world_size
+        shift = 1 + self._number(progress) % (size - 1) if size > 1 else 0
+        by = [(rank + shift) % size for rank in range(size)]
+        return [self._index_of(rank, progress) for rank in by], by
+
+    def _number(self, progress: Progress) -> int:
+        """The number of the check in the run."""
+        assert self.every
+        return progress.step // self.every
+
+    def _num_images(self, progress: Progress) -> int:
+        plan = self.train_step.plan
+        return min(plan.global_batch_size, plan.num_images - progress.step_in_epoch * plan.global_batch_size)
+
+    # -- digests
+
+    @contextlib.contextmanager
+    def _recording(self, batch: MicroBatch, recorded: list[Callable[[], Digest]]) -> Iterator[None]:
+        """Record the digest of the forward and backward pass in the body."""
+        hashes = _Hashes(self.train_step, batch)
+        handles = [
+            parameter.register_hook(functools.partial(hashes.add, position))
+            for position, parameter in enumerate(self.parameters)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        recorded.append(hashes.digest)
+
+    def _compute(self, index: int, progress: Progress) -> Digest:
+        """Compute any micro-batch of the next step in this state, and return its digest. The state stays the same."""
+        step = self.train_step
+        batch = self.loader.micro_batch(progress.epoch, progress.step_in_epoch, index)
+        hashes = _Hashes(step, batch)
+        with step.buffers.undone():
+            seed_dropout(self.world.device, step.config.seed, progress.step, index)
+            with step.autocast():
+                logits = step.model(batch.images)
+            loss = step.loss(logits.float(), batch.targets).sum() * step.loss_scale
+            gradients = torch.autograd.grad(step.scaler.scale(loss), self.parameters, allow_unused=True)
+            for position, gradient in enumerate(gradients):
+                if gradient is not None:
+                    hashes.add(position, gradient)
+            return hashes.digest()
+
+    def _repeat(self, index: int, progress: Progress) -> list[Digest]:
+        """Return what each rank computes for a micro-batch now."""
+        return [Digest(*row) for row in self.world.gather(self._compute(index, progress))]
+
+    def _hash_of_optimizer(self) -> int:
+        states = self.train_step.optimizer.state
+        tensors = [
+            value
+            for parameter in self.train_step.model.parameters()
+            for _, value in sorted(states.get(parameter, {}).items())
+            if isinstance(value, Tensor)
+        ]
+        return combine([hash_of(tensor) for tensor in tensors])
+
+
+class _Hashes:
+    """Collects the hashes of one micro-batch, on the device."""
+
+    def __init__(self, step: TrainStep, batch: MicroBatch) -> None:
+        self.step = step
+        self.images = [hash_of(batch.images), hash_of(batch.targets)]
+        self.gradients: dict[int, Tensor] = {}
+        self.buffers: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, position: int, gradient: Tensor) -> None:
+        """Add the gradient of a parameter. The buffers are those after the forward pass until the backward pass has ended."""
+        if not self.gradients:
+            self.buffers = [hash_of(flat) for flat in self.step.buffers.values()]
+        self.gradients[position] = hash_of(gradient) + position
+
+    def digest(self) -> Digest:
+        """Return the digest. Waits for the device."""
+        gradients = [self.gradients[position] for position in sorted(self.gradients)]
+        return Digest(combine(self.images), combine(gradients), combine(self.buffers))
+
+
+def judge_states(states: Sequence[tuple[int, ...]]) -> Verdict:
+    """Name the ranks whose weights or optimizer state differ from those of most ranks; all ranks if there is no majority."""
+    value, count = Counter(states).most_common(1)[0]
+    ranks = [rank for rank, state in enumerate(states) if state != value]
+    if 2 * count <= len(states):
+        ranks = list(range(len(states)))
+    what = "weights" if len({weights for weights, _ in states}) > 1 else "optimizer state"
+    return Verdict(f"the {what} of {ranks_text(ranks)} differ{'s' * (what[-1] == 'e')} from the other ranks'", ranks)
+
+
+def judge(disputes: Mapping[tuple[int, int], tuple[Digest, Digest]], repeated: Sequence[Sequence[Digest]]) -> Verdict:
+    """Name the ranks that have computed a micro-batch wrongly.
+
+    `disputes`: by (the rank that has trained on it, the rank that has computed it again), both digests, which differ.
+    `repeated`: for each of them, what all ranks have computed for it afterwards. What most of them have is right. If there are
+    more than two ranks and no majority, none is named.
+    """
+    transient: dict[int, str] = {}
+    permanent: dict[int, str] = {}
+    unknown: dict[int, str] = {}
+    for ((trainer, checker), (first, check)), digests in zip(disputes.items(), repeated, strict=True):
+        alone = len(digests) == 1
+        found = [*digests, first, check] if alone else digests
+        right, count = Counter(found).most_common(1)[0]
+        what = _what(first, check)
+        if 2 * count <= len(found):
+            if len(digests) > 2:
+                return Verdict("most ranks have computed different bits", [])
+            unknown |= dict.fromkeys([trainer, checker], what)
+            continue
+        permanent |= {rank: _what(digest, right) for rank, digest in enumerate(digests) if digest != right}
+        for rank, digest in ((trainer, first), (checker, check)):
+            if digest != right:
+                transient[rank] = _what(digest, right)
+    for kind, ranks in (("permanent", permanent), ("unknown", unknown), ("transient", transient)):
+        if ranks:
+            named, what = sorted(ranks), next(iter(ranks.values()))
+            has = "has" if len(named) == 1 else "have"
+            if kind == "unknown":
+                return Verdict(f"one of {ranks_text(named)} computes wrong {what}, again and again", named)
+            again = "and does so again" if kind == "permanent" else "but does not do so again: a transient fault"
+            return Verdict(f"{ranks_text(named)} {has} computed wrong {what}, {again}", named)
+    raise AssertionError("digests differ, but none is wrong")
+
+
+def _what(one: Digest, other: Digest) -> str:
+    if one.images != other.images:
+        return "images"
+    return "gradients" if one.gradients != other.gradients else "buffers"
+
+
+def _why_not(world: World, step: TrainStep) -> str:
+    """Say why the bits of ranks cannot be compared; "" if they can be."""
+    on_gpu = world.device.type == "cuda"
+    if on_gpu and not torch.are_deterministic_algorithms_enabled():
+        return "this needs train.deterministic=true"
+    if world.device.type not in ("cpu", "cuda"):
+        return f"this needs device cpu or cuda, found {world.device.type}"
+    own = (device_name(world.device), str(torch.__version__), 0 if on_gpu else torch.get_num_threads())
+    kinds = sorted(
+        {f"{name}, torch {version}, {threads} CPU threads" for name, version, threads in world.gather_objects(own)}
+    )
+    return f"ranks differ ({'; '.join(kinds)})" if len(kinds) > 1 else ""
