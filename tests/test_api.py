@@ -53,7 +53,7 @@ USER_ERRORS = [
     (["evaluate", "runs/none", "model.name=cnnn"], "did you mean cnn?"),
     (["export", "runs/none", "--format", "pt2", "optim.name=adan"], "did you mean adam?"),
     (["predict", "runs/none", "image.png", "--batch-size", "0"], "--batch-size 0 is out of range"),
-    (["benchmark", "tracking.name=wandbb"], "expected a user-defined package.module:function"),
+    (["benchmark", "tracking.name=wandbb"], "expected mlflow, wandb, or a user-defined package.module:function"),
     (["preflight", "optim.lrr=1"], "did you mean optim.lr?"),
 ]
 PRINTED = [["train", "--dry-run", "--help"], ["train", "--print-config"]]

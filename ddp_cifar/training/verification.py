@@ -4,9 +4,7 @@ import contextlib
 import functools
 import socket
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,29 +20,7 @@ from ddp_cifar.seeding import seed_dropout
 from ddp_cifar.training.fingerprint import combine, fingerprint, hash_of
 from ddp_cifar.training.progress import Failed, Progress, due
 from ddp_cifar.training.step import TrainStep
-
-NOT_REPEATED = (
-    "the model is not deterministic, or a device is faulty; find out with train.deterministic=true, or the preflight"
-)
-
-
-class Digest(NamedTuple):
-    """63-bit hashes of what a rank has computed for a micro-batch. Zeros if it has computed none."""
-
-    images: int = 0
-    """The network's input and the targets."""
-    gradients: int = 0
-    """The gradient of each parameter, of this micro-batch alone, before it is added to others or exchanged."""
-    buffers: int = 0
-    """All buffers after the forward pass, which starts from those at the start of the step."""
-
-
-class Verdict(NamedTuple):
-    """What a check has found."""
-
-    text: str
-    ranks: Sequence[int]
-    """The ranks whose device is wrong, or may be."""
+from ddp_cifar.training.verdict import NOT_REPEATED, Digest, Verdict, judge, judge_states
 
 
 class Verifier:
@@ -53,8 +29,8 @@ class Verifier:
     The digest of a micro-batch is taken from the training pass itself. In the same state, another rank computes the micro-batch
     again. Which ones are compared changes from check to check. With one rank, it computes its own again.
 
-    At the first check of a start, each rank also computes its own again. If a rank does not repeat its bits, the model may not be
-    deterministic: there are no more checks.
+    There is also one in the second step of a start, in which each rank computes its own again too. If a rank does not repeat its
+    bits, the model may not be deterministic: there are no more checks. A lack of memory is also found then, not hours later.
     """
 
     def __init__(
@@ -66,6 +42,8 @@ class Verifier:
         self.checkpoints = checkpoints
         self.every = every = config.verify_every
         self.ends_job = config.on_corruption == "stop"
+        self._steps = 0
+        """Steps since the start."""
         self._repeats = False
         """True if the ranks have been seen to repeat their bits."""
         self.parameters = [parameter for parameter in train_step.model.parameters() if parameter.requires_grad]
@@ -81,7 +59,8 @@ class Verifier:
         is wrong.
         """
         row: dict[str, float] = {}
-        if not due(progress.step + 1, self.every):
+        is_due, self._steps = due(progress.step + 1, self.every), self._steps + 1
+        if not is_due and (self.every is None or self._steps != 2):
             yield row
             return
         recorded: list[Callable[[], Digest]] = []
@@ -97,8 +76,9 @@ class Verifier:
             self.train_step.around_pass = contextlib.nullcontext
         started = time.perf_counter()
         if compared := self._check(progress, recorded[0]() if recorded else Digest()):
-            row |= {"run/verified_micro_batches": compared, "time/verify_s": time.perf_counter() - started}
             self.checkpoints.verify(progress.step)
+            if is_due:  # rows must not depend on when a run is started again
+                row |= {"run/verified_micro_batches": compared, "time/verify_s": time.perf_counter() - started}
 
     def _check(self, progress: Progress, own: Digest) -> int:
         """Compare the ranks' digests; return the number of micro-batches that were compared, 0 if they cannot be.
@@ -137,7 +117,7 @@ class Verifier:
         where = ", ".join(f"rank {rank} is on {hosts[rank]}" for rank in verdict.ranks)
         self.checkpoints.distrust()
         text = f"in step {progress.step + 1}, {verdict.text} ({where})"
-        raise Failed(text, faulty=verdict.ranks, ends_job=self.ends_job)
+        raise Failed(text, faulty=verdict.ranks, ends_job=self.ends_job or not verdict.is_certain)
 
     # -- which micro-batches are compared
 
@@ -230,57 +210,6 @@ class _Hashes:
         """Return the digest. Waits for the device."""
         gradients = [self.gradients[position] for position in sorted(self.gradients)]
         return Digest(combine(self.images), combine(gradients), combine(self.buffers))
-
-
-def judge_states(states: Sequence[tuple[int, ...]]) -> Verdict:
-    """Name the ranks whose weights or optimizer state differ from those of most ranks; all ranks if there is no majority."""
-    value, count = Counter(states).most_common(1)[0]
-    ranks = [rank for rank, state in enumerate(states) if state != value]
-    if 2 * count <= len(states):
-        ranks = list(range(len(states)))
-    what = "weights" if len({weights for weights, _ in states}) > 1 else "optimizer state"
-    return Verdict(f"the {what} of {ranks_text(ranks)} differ{'s' * (what[-1] == 'e')} from the other ranks'", ranks)
-
-
-def judge(disputes: Mapping[tuple[int, int], tuple[Digest, Digest]], repeated: Sequence[Sequence[Digest]]) -> Verdict:
-    """Name the ranks that have computed a micro-batch wrongly.
-
-    `disputes`: by (the rank that has trained on it, the rank that has computed it again), both digests, which differ.
-    `repeated`: for each of them, what all ranks have computed for it afterwards. What most of them have is right. If there are
-    more than two ranks and no majority, none is named.
-    """
-    transient: dict[int, str] = {}
-    permanent: dict[int, str] = {}
-    unknown: dict[int, str] = {}
-    for ((trainer, checker), (first, check)), digests in zip(disputes.items(), repeated, strict=True):
-        alone = len(digests) == 1
-        found = [*digests, first, check] if alone else digests
-        right, count = Counter(found).most_common(1)[0]
-        what = _what(first, check)
-        if 2 * count <= len(found):
-            if len(digests) > 2:
-                return Verdict("most ranks have computed different bits", [])
-            unknown |= dict.fromkeys([trainer, checker], what)
-            continue
-        permanent |= {rank: _what(digest, right) for rank, digest in enumerate(digests) if digest != right}
-        for rank, digest in ((trainer, first), (checker, check)):
-            if digest != right:
-                transient[rank] = _what(digest, right)
-    for kind, ranks in (("permanent", permanent), ("unknown", unknown), ("transient", transient)):
-        if ranks:
-            named, what = sorted(ranks), next(iter(ranks.values()))
-            has = "has" if len(named) == 1 else "have"
-            if kind == "unknown":
-                return Verdict(f"one of {ranks_text(named)} computes wrong {what}, again and again", named)
-            again = "and does so again" if kind == "permanent" else "but does not do so again: a transient fault"
-            return Verdict(f"{ranks_text(named)} {has} computed wrong {what}, {again}", named)
-    raise AssertionError("digests differ, but none is wrong")
-
-
-def _what(one: Digest, other: Digest) -> str:
-    if one.images != other.images:
-        return "images"
-    return "gradients" if one.gradients != other.gradients else "buffers"
 
 
 def _why_not(world: World, step: TrainStep) -> str:

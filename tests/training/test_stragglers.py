@@ -2,19 +2,15 @@
 
 import random
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from helpers import config_of, random_dataset
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter
 
 from ddp_cifar.distributed.world import World
 from ddp_cifar.log import log
 from ddp_cifar.tracking import rank_times
-from ddp_cifar.tracking.base import NullTracker
+from ddp_cifar.tracking.base import NullTracker, Picture
 from ddp_cifar.tracking.dashboard import Dashboard
 from ddp_cifar.tracking.figures import rank_times_figure
 from ddp_cifar.tracking.rank_times import RankTimes
@@ -267,24 +263,24 @@ def test_a_slow_rank_among_thousands_is_in_the_picture() -> None:
     assert np.argwhere(data > 50).tolist() == [[1234 // times.ranks_per_band, 0]]
 
 
-class Writer(NullTracker):
-    def __init__(self, board: SummaryWriter) -> None:
-        self.board = board
+class Shown(NullTracker):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
 
-    def show(self, add: Any) -> None:
-        add(self.board)
+    def show_image(self, tag: str, draw: Callable[[], Picture | None], step: int) -> None:
+        assert (tag, draw() is not None) == ("time/ranks", True)
+        self.steps.append(step)
 
 
-def test_the_picture_is_shown_when_pictures_are_due(tmp_path: Path) -> None:
-    def shown(folder: str, times: RankTimes, *arguments: str) -> list[int]:
-        with SummaryWriter(str(tmp_path / folder)) as board:
-            dashboard = Dashboard(Writer(board), config_of(*arguments), random_dataset(24))
-            for epoch in range(1, 8):
-                dashboard.show_ranks(times, epoch, epoch, is_last=epoch == 7)
-        events = EventAccumulator(str(tmp_path / folder), {"images": 0}).Reload()
-        return [event.step for event in events.Images("time/ranks")] if events.Tags()["images"] else []
+def test_the_picture_is_shown_when_pictures_are_due() -> None:
+    def shown(times: RankTimes, *arguments: str) -> list[int]:
+        tracker = Shown()
+        dashboard = Dashboard(tracker, config_of(*arguments), random_dataset(24))
+        for epoch in range(1, 8):
+            dashboard.show_ranks(times, epoch, epoch, is_last=epoch == 7)
+        return tracker.steps
 
-    assert shown("two", times_of(2, 3), "tracking.pictures_every=3") == [3, 6, 7]
-    assert shown("off", times_of(2, 3), "tracking.pictures_every=null") == []
-    assert shown("one", times_of(1, 3), "tracking.pictures_every=3") == []
-    assert shown("other", RankTimes(), "tracking.pictures_every=3") == [], "ranks other than 0 keep no times"
+    assert shown(times_of(2, 3), "tracking.pictures_every=3") == [3, 6, 7]
+    assert shown(times_of(2, 3), "tracking.pictures_every=null") == []
+    assert shown(times_of(1, 3), "tracking.pictures_every=3") == []
+    assert shown(RankTimes(), "tracking.pictures_every=3") == [], "ranks other than 0 keep no times"

@@ -16,9 +16,10 @@ from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import FaultyReplica, NoRestart, RunError
 from ddp_cifar.log import log
 from ddp_cifar.run.checkpoint_store import Checkpoints, NullCheckpoints
+from ddp_cifar.tracking.base import Scalars
 from ddp_cifar.training.progress import Failed
 from ddp_cifar.training.trainer import Trainer
-from ddp_cifar.training.verification import Digest, judge, judge_states
+from ddp_cifar.training.verdict import Digest, judge, judge_states
 
 SMALL = ("model.name=tiny", "train.micro_batch_size=4", "train.epochs=1", "device=cpu", "train.verify_every=1")
 
@@ -162,6 +163,10 @@ def test_a_flipped_bit_of_a_gradient_is_found_on_two_ranks_and_on_one(ranks: Ran
 
 
 class Checks(Rows):
+    def log(self, scalars: Scalars, step: int) -> None:
+        if "run/verified_micro_batches" in scalars:
+            self.rows.append({"step": step, "compared": scalars["run/verified_micro_batches"]})
+
     def sync(self) -> None:
         pass
 
@@ -185,7 +190,7 @@ def fit(world: World, folder: str, arguments: tuple[str, ...], faulty_from: int 
         trainer.fit(rows)
     except RunError as error:
         return type(error).__name__, str(error), []
-    return "", "", [row for row in rows.rows if "run/verified_micro_batches" in row]
+    return "", "", rows.rows
 
 
 @pytest.mark.parametrize(
@@ -204,7 +209,7 @@ def test_healthy_runs_are_not_accused(
     kind, text, rows = ranks.run(fit, size, str(tmp_path), arguments, None)[0]
     assert (kind, text) == ("", "")
     assert len(rows) == rows[-1]["step"]
-    assert {row["run/verified_micro_batches"] for row in rows[:-1]} == {compared}
+    assert {row["compared"] for row in rows[:-1]} == {compared}
 
 
 def test_a_check_changes_no_bit_of_a_run(ranks: RankPool, tmp_path: Path) -> None:
@@ -246,6 +251,14 @@ class Restless(nn.Sequential):
     def forward(self, images: Tensor) -> Tensor:
         self.passes += 1
         return super().forward(images * (1 + self.passes / 100))  # type: ignore[no-any-return]
+
+
+def test_the_second_step_of_a_start_is_checked_without_a_row(ranks: RankPool, tmp_path: Path) -> None:
+    assert (
+        ranks.run(fit, 2, str(tmp_path), ("train.global_batch_size=8", "train.verify_every=100"), None)
+        == [("", "", [])] * 2
+    )
+    assert Checkpoints(tmp_path, keep=1).verified_step == 1
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -291,5 +304,5 @@ def test_what_most_ranks_compute_is_right(disputes: Any, repeated: Any, ranks: l
 
 
 def test_states_that_differ() -> None:
-    assert judge_states([(1, 5), (1, 5), (2, 5)]) == ("the weights of rank 2 differ from the other ranks'", [2])
+    assert judge_states([(1, 5), (1, 5), (2, 5)])[:2] == ("the weights of rank 2 differ from the other ranks'", [2])
     assert list(judge_states([(1, 5), (1, 6)]).ranks) == [0, 1]
