@@ -166,6 +166,8 @@ class Verifier:
         hashes = _Hashes(step, batch)
         with step.buffers.undone():
             seed_dropout(self.world.device, step.config.seed, progress.step, index)
+            if step.config.train.compile != "off":
+                torch.compiler.cudagraph_mark_step_begin()
             with step.autocast():
                 logits = step.model(batch.images)
             loss = step.loss(logits.float(), batch.targets).sum() * step.loss_scale
