@@ -115,6 +115,9 @@ def _is_names(value: Any) -> bool:
     return isinstance(names, list) and bool(names) and all(isinstance(name, str) and name.strip() for name in names)
 
 
+SECRET_NAMES = r"^key$|(api|access|private)_?key|token|password|secret"
+
+
 def _secret_in(values: Mapping[str, Any], prefix: str) -> str:
     """The first key that names a secret, or whose value is an address with a password; "" if there is none."""
     for name, value in values.items():
@@ -122,7 +125,7 @@ def _secret_in(values: Mapping[str, Any], prefix: str) -> str:
         if isinstance(value, Mapping):
             if found := _secret_in(value, key):
                 return found
-        elif re.search(r"key|token|password|secret", str(name), re.IGNORECASE) or re.search(r"//[^/@\s]*@", str(value)):
+        elif re.search(SECRET_NAMES, str(name), re.IGNORECASE) or re.search(r"//[^/@\s]*@", str(value)):
             return key
     return ""
 
