@@ -38,6 +38,7 @@ ALL = (
     "tracking.histograms_every=4",
     "tracking.graph=true",
     "tracking.projector=true",
+    "train.verify_every=4",
 )
 
 CIFAR = Normalization(**VALUES["cifar10"])
