@@ -26,8 +26,8 @@ SIZES = (
     "train.micro_batch_size=4",
     "train.global_batch_size=20",
     "train.max_steps={steps}",
-    "device=cpu",
     "train.verify_every=1",
+    "train.compile=off",
 )
 """Five micro-batches per step: with 2, 3 and 4 ranks, some have one more than others."""
 
