@@ -144,7 +144,7 @@ class MLflow:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         source = f"{self.client.get_run(self.id).info.artifact_uri}/checkpoint"
-        self.client.create_model_version(name, source, self.id)
+        self.client.create_model_version(name, source, self.id, await_creation_for=0)
 
 
 def milliseconds(seconds: float) -> int:
