@@ -78,6 +78,7 @@ RUN_BY = {
     r"^torchrun --nproc_per_node=2 program\.py": "test_api.py::test_the_program_of_the_python_page_runs_on_two_ranks",
     r"^(pip wheel|ddp-cifar) ": "test_packaging.py::test_an_installed_wheel_trains_and_evaluates_in_an_empty_folder",
     r"^python tests/soak\.py": "test_faults.py::test_random_kills_leave_state_and_rows_bitwise_identical",
+    r"^python tests/healthy\.py": "training/test_verification.py::test_healthy_runs_are_not_accused",
     r"^python tests/recovery\.py": "test_faults.py::test_the_recovery_from_a_killed_rank_is_measured",
     r"^launch/check_node\.sh": "slurm/test_train.py::test_a_spare_node_replaces_a_lost_one",
     r"^slurm/guard\.sh": "slurm/test_train.py::test_a_job_that_loses_the_node_of_its_script_is_requeued",
