@@ -37,7 +37,9 @@ def main() -> None:
         sizes = batch_sizes(world, options.batch)
         on = make_trainer(world, data, *sizes)
         on.show_progress = world.is_main
-        off = make_trainer(world, data, *sizes, f"train.log_every={NEVER}", "train.fingerprint_every=null")
+        off = make_trainer(
+            world, data, *sizes, f"train.log_every={NEVER}", "train.fingerprint_every=null", "train.verify_every=null"
+        )
         contenders = {
             "on": timed(lambda: train_on(on, options.steps), images, world),
             "off": timed(lambda: train_on(off, options.steps), images, world),

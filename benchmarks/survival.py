@@ -32,7 +32,14 @@ def main() -> None:
         images = options.steps * options.batch * world.world_size
         data = random_dataset((options.rounds + 1) * images)
         common = [*batch_sizes(world, options.batch), "train.straggler_factor=null", "checkpoint.every_minutes=null"]
-        off = make_trainer(world, data, *common, f"train.agree_every={NEVER}", "train.fingerprint_every=null")
+        off = make_trainer(
+            world,
+            data,
+            *common,
+            f"train.agree_every={NEVER}",
+            "train.fingerprint_every=null",
+            "train.verify_every=null",
+        )
         off.metrics.counter.ledger = None
         off.metrics.counter.start_reducing = lambda world: lambda: None  # type: ignore[method-assign]
         on = make_trainer(world, data, *common)

@@ -51,7 +51,7 @@ class _Phases(NullTracker):
 def measure(config: Config, world: World, rounds: int, steps: int | None) -> dict[str, Any]:
     """Return everything that the command reports. Every rank must call it."""
     began = time.perf_counter()
-    quiet = {"fingerprint_every": None, "profile_steps": None, "max_steps": None, "epochs": NEVER}
+    quiet = {"fingerprint_every": None, "verify_every": None, "profile_steps": None, "max_steps": None, "epochs": NEVER}
     config = _with(config, "train", quiet)
     config = _with(config, "checkpoint", {"every_steps": None, "every_minutes": None})
     size = config.train.global_batch_size  # used to round up, so that every step of an epoch has a full batch
