@@ -100,7 +100,7 @@ def test_the_process_exits_within_the_timeout_of_a_hang_and_not_because_of_a_slo
             time.sleep(0.05)
         assert left == []
         started = time.monotonic()
-        assert gone.wait(4)
+        assert gone.wait(15)
         assert time.monotonic() - started > 1
     assert "no rank has made progress for 2 s (train.hang_timeout_s=2)" in left[0]
     assert saved == ["the last step"]
