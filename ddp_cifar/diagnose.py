@@ -51,7 +51,7 @@ def describe(found: Diagnosis) -> str:
     if found.world_size:
         memory = f"; peak memory of a rank {megabytes(found.peak_memory, 0)}" if found.peak_memory else ""
         ranks, starts = counted(found.world_size, "rank"), counted(found.starts, "start")
-        checks = f"; {counted(found.checks, 'check')} of the devices, all equal" if found.checks else ""
+        checks = f"; {counted(found.checks, 'check')} of the devices passed" if found.checks else ""
         facts.append(("size", f"{ranks} on {_some(found.hosts)}; {starts}{memory}{checks}"))
     return "\n".join(f"{name:<8}{value}" for name, value in facts)
 

@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
         if run_dir.is_locked():
             raise UserError(f"{run_dir.path} is in use by a run, which sends its metrics itself")
     starts = run_dir.read_starts()
-    senders = build_senders(config, starts[-1].about if starts else {})
+    # rows of the last step may follow when the run resumes
+    senders = build_senders(config, starts[-1].about if starts else {}, is_step_whole=lambda: False)
     if not senders:
         raise UserError(f"{run_dir.path} has no tracker: add one, such as tracking.name=mlflow or tracking.name=wandb")
     for sender in senders:

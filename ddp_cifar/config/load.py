@@ -58,6 +58,8 @@ def load_config(argv: Sequence[str], base: Mapping[str, Any] | None = None) -> C
     assert isinstance(config, Config)
     for key in config.tracking.hparams:
         _check_key(key, "...", "tracking.hparams: ")
+    if base is None:
+        config.tracking.check_secrets()
     # a checkpoint's config may name a custom optimizer or tracker that this command does not need
     for key in BUILT_IN if base is None else ():
         for name in names_in(get(config, key)):

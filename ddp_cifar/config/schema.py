@@ -115,7 +115,7 @@ def _is_names(value: Any) -> bool:
     return isinstance(names, list) and bool(names) and all(isinstance(name, str) and name.strip() for name in names)
 
 
-SECRET_NAMES = r"^key$|(api|access|private)_?key|token|password|secret"
+SECRET_NAMES = r"^key$|(api|access|private)_?key|(^|_)token$|passw|pwd|secret|credential|authorization"
 
 
 def _secret_in(values: Mapping[str, Any], prefix: str) -> str:
@@ -502,7 +502,8 @@ class TrackingConfig:
     hparams: list[str] = setting([], role="non_result")
     """[KEY, ...]: config keys that TensorBoard's HPARAMS tab shows first. A sweep sets it to the keys of its grid."""
 
-    def __post_init__(self) -> None:
+    def check_secrets(self) -> None:
+        """Raise `UserError` if an argument looks like a secret. Not for the config of a checkpoint, which was written earlier."""
         if found := _secret_in(self.args, "tracking.args"):
             raise UserError(
                 f"{found} has a secret, which would be written to config.yaml and to checkpoints: set it in the environment "

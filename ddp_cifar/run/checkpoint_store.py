@@ -151,10 +151,13 @@ class Checkpoints:
             temporary.write_text(f"{step}\n")
             os.replace(temporary, self.folder / VERIFIED)
 
-    def distrust(self) -> None:
-        """Rename the checkpoints after `verified_step` to unverified_*, so that no run resumes from them."""
+    def distrust(self, start: int) -> None:
+        """Rename the checkpoints after `verified_step` to unverified_*, so that no run resumes from them.
+
+        If no check has ever been made, those after the step `start`, from which the run was started. Raises `OSError`.
+        """
         self.finish()
-        verified, paths = self._path(self.verified_step), self.paths()
+        verified, paths = self._path(self.verified_step or start), self.paths()
         for path in (path for path in paths if path > verified):
             path.rename(path.with_name(f"unverified_{path.name}"))
         self.last_good = next((path for path in paths if path <= verified), None)
@@ -218,7 +221,7 @@ class NullCheckpoints(Checkpoints):
     def verify(self, step: int) -> None:
         pass
 
-    def distrust(self) -> None:
+    def distrust(self, start: int) -> None:
         pass
 
     def finish(self, timeout_s: float | None = None) -> bool:

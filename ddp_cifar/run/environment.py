@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import ddp_cifar
+from ddp_cifar.text_files import read_lines
 
 
 def versions() -> dict[str, str]:
@@ -28,6 +29,15 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu with {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
+
+
+def cpu_model() -> str:
+    """Return the model of the CPU, and the instruction set that torch uses on it. Libraries choose their kernels by both."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in read_lines(Path("/proc/cpuinfo")):
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} with {torch.backends.cpu.get_cpu_capability()}"
+    return device_name(torch.device("cpu"))
 
 
 def output_of(*command: str) -> str:

@@ -61,6 +61,13 @@ def connections(config: Config) -> dict[str, Callable[[], Service]]:
     Raises `UserError` if a name is unknown, does not accept its `tracking.args`, or lacks a method.
     """
     found: dict[str, Callable[[], Service]] = {}
+    if isinstance(names := config.tracking.name, list):
+        for key, value in config.tracking.args.items():
+            if key not in names or not isinstance(value, Mapping):
+                raise UserError(
+                    f"tracking.args.{key} is not for one of tracking.name={names}: expected tracking.args.NAME.KEY=VALUE, as "
+                    f"tracking.name is a list"
+                )
     for name in names_in(config.tracking.name):
         function = resolve("tracking.name", name)
         args = config.tracking.args

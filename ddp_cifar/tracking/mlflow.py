@@ -1,5 +1,6 @@
 """Runs in MLflow, on a tracking server or in a local store. Needs the package mlflow-skinny, or mlflow."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,8 @@ ID, GROUP, STEP, OUTCOME = "ddp_cifar.id", "ddp_cifar.group", "ddp_cifar.step", 
 
 PARENT = "mlflow.parentRunId"
 
-MAX_METRICS, MAX_PARAMS = 1000, 100
-"""The most in a request. Source: MLflow's REST API, "Log Batch"."""
+MAX_METRICS, MAX_PARAMS, MAX_VALUE = 1000, 100, 6000
+"""The most in a request, and the longest value of a parameter. Source: MLflow's REST API, "Log Batch"."""
 
 STATUS = {"finished": "FINISHED", "stopped": "KILLED"}
 """MLflow's status of a run by ours. Any other one is a failure."""
@@ -112,8 +113,10 @@ class MLflow:
 
     def _parent(self, group: str, folder: Path) -> str:
         """Return the id of the group's run. The runs of a sweep, which share a folder, create it once."""
+        group = group.replace("'", " ")  # it ends a text in a search
         with open(folder / ".lock_of_group", "w") as lock:
-            lock_file(lock, timeout_s=60)
+            with contextlib.suppress(OSError):  # without lock support, there may be two parents
+                lock_file(lock, timeout_s=60)
             run = self._find(f"tags.`{GROUP}` = '{group}' and tags.`{ID}` = 'group'")
             if not run:
                 run = self.client.create_run(self.experiment, run_name=group, tags={GROUP: group, ID: "group"})
@@ -124,7 +127,7 @@ class MLflow:
         """Log the parameters. MLflow does not let them change: a value that a resume has changed becomes a tag."""
         from mlflow.entities import Param
 
-        new = [Param(key, value) for key, value in params.items() if key not in known]
+        new = [Param(key, value[:MAX_VALUE]) for key, value in params.items() if key not in known]
         for some in chunks(new, MAX_PARAMS):
             self.client.log_batch(self.id, params=some)
         self._log(tags={f"now.{key}": params[key] for key in known.keys() & params.keys() if known[key] != params[key]})

@@ -120,6 +120,8 @@ class Sender(NullTracker):
 
     def end(self, outcome: str) -> None:
         self.outcome = outcome
+        self._closing.set()  # several senders finish at the same time
+        self._new.set()
 
     def close(self) -> None:
         self._closing.set()
@@ -208,4 +210,4 @@ def without_secrets(text: str) -> str:
     for name, value in os.environ.items():
         if re.search(r"KEY|TOKEN|PASSWORD|SECRET", name) and len(value) >= 4:
             text = text.replace(value, "***")
-    return re.sub(r"//[^/@\s]*@", "//***@", text)
+    return re.sub(r"//\S*@", "//***@", text)

@@ -15,7 +15,7 @@ from ddp_cifar.distributed.collectives import ranks_text
 from ddp_cifar.distributed.world import World
 from ddp_cifar.log import log
 from ddp_cifar.run.checkpoint_store import Checkpoints
-from ddp_cifar.run.environment import device_name
+from ddp_cifar.run.environment import cpu_model, device_name
 from ddp_cifar.seeding import seed_dropout
 from ddp_cifar.training.fingerprint import combine, fingerprint, hash_of
 from ddp_cifar.training.progress import Failed, Progress, due
@@ -42,7 +42,7 @@ class Verifier:
         self.checkpoints = checkpoints
         self.every = every = config.verify_every
         self.ends_job = config.on_corruption == "stop"
-        self._steps = 0
+        self._steps = self._start = 0
         """Steps since the start."""
         self._repeats = False
         """True if the ranks have been seen to repeat their bits."""
@@ -59,6 +59,8 @@ class Verifier:
         is wrong.
         """
         row: dict[str, float] = {}
+        if not self._steps:
+            self._start = progress.step
         is_due, self._steps = due(progress.step + 1, self.every), self._steps + 1
         if not is_due and (self.every is None or self._steps != 2):
             yield row
@@ -115,7 +117,10 @@ class Verifier:
             return 0
         hosts = self.world.gather_objects(socket.gethostname())
         where = ", ".join(f"rank {rank} is on {hosts[rank]}" for rank in verdict.ranks)
-        self.checkpoints.distrust()
+        try:
+            self.checkpoints.distrust(self._start)
+        except OSError as error:  # the other ranks wait for this one
+            log.warning(f"cannot rename checkpoints that cannot be trusted ({error.strerror}); remove the newest ones")
         text = f"in step {progress.step + 1}, {verdict.text} ({where})"
         raise Failed(text, faulty=verdict.ranks, ends_job=self.ends_job or not verdict.is_certain)
 
@@ -189,7 +194,7 @@ class Verifier:
             for _, value in sorted(states.get(parameter, {}).items())
             if isinstance(value, Tensor)
         ]
-        return combine([hash_of(tensor) for tensor in tensors])
+        return combine([hash_of(tensor).to(self.world.device) for tensor in tensors])
 
 
 class _Hashes:
@@ -221,7 +226,8 @@ def _why_not(world: World, step: TrainStep) -> str:
         return "this needs train.deterministic=true"
     if world.device.type not in ("cpu", "cuda"):
         return f"this needs device cpu or cuda, found {world.device.type}"
-    own = (device_name(world.device), str(torch.__version__), 0 if on_gpu else torch.get_num_threads())
+    name = device_name(world.device) if on_gpu else cpu_model()
+    own = (name, str(torch.__version__), 0 if on_gpu else torch.get_num_threads())
     kinds = sorted(
         {f"{name}, torch {version}, {threads} CPU threads" for name, version, threads in world.gather_objects(own)}
     )
