@@ -334,9 +334,9 @@ def test_a_straggler_says_what_is_slow_and_when_it_is_over(ranks: RankPool, wher
     first, second = ranks.run(lag, 2, 1, where, range(6, 10), INSENSITIVE)
     assert first == []
     begin, end = second
-    assert re.search(rf"is slow since step [56] and delays all ranks: its {what} takes", begin)  # 5 on a busy machine
+    assert f"is slow since step 6 and delays all ranks: its {what} takes" in begin
     assert "this rank before" in begin
-    assert re.search(r"this rank is (no longer )?slow: from step [56] to 1\d it delayed all ranks by about", end)
+    assert re.search(r"this rank is (no longer )?slow: from step 6 to 1\d it delayed all ranks by about", end)
 
 
 def test_a_rank_that_is_slow_at_the_end_of_the_run_is_reported(ranks: RankPool) -> None:
@@ -349,10 +349,8 @@ def test_a_rank_that_is_slow_at_the_end_of_the_run_is_reported(ranks: RankPool) 
 
 def test_a_slow_link_is_reported_by_rank_0(ranks: RankPool) -> None:
     (begin, end), second = ranks.run(lag, 2, None, "link", range(6, 10), INSENSITIVE)
-    assert re.search(r"the exchange between ranks \(or the backward pass\) is slow on all ranks since step [56]", begin)
-    assert re.search(
-        r"the exchange between ranks is (no longer )?slow: from step [56] to 1\d it delayed all ranks", end
-    )
+    assert "the exchange between ranks (or the backward pass) is slow on all ranks since step 6" in begin
+    assert re.search(r"the exchange between ranks is (no longer )?slow: from step 6 to 1\d it delayed all ranks", end)
     assert second == []
 
 
