@@ -118,6 +118,7 @@ class Heartbeat:
                     continue
                 dumped = True
                 self._record_wait()  # before any rank exits: the first exit shuts down the others
+                last = time.monotonic()  # py-spy stops this process while it reads the stacks
             elif quiet > 0.9:
                 self._before_leaving()
                 message, ranks = self._describe(before, self._read())

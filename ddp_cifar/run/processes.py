@@ -31,9 +31,10 @@ def kill_sibling(pid: int) -> None:
 def dump_native_stacks(file: IO[str], timeout_s: float) -> None:
     """Write the stacks of this process to the file, with the frames of C++ code, if py-spy is installed and may do that."""
     if program := shutil.which("py-spy"):
-        command = [program, "dump", "--native", "--pid", str(os.getpid())]
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=timeout_s, check=False)
+        # py-spy stops this process, which therefore cannot watch the time itself
+        command = ["timeout", "--signal=KILL", str(timeout_s), program, "dump", "--native", "--pid", str(os.getpid())]
+        with contextlib.suppress(OSError):
+            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False)
 
 
 def state_and_parent(pid: int) -> tuple[str, int]:
