@@ -9,11 +9,10 @@ from collections.abc import Sequence
 
 from ddp_cifar.command import Arguments, run_command
 from ddp_cifar.config import load_config
-from ddp_cifar.errors import RunError, UserError, first_line
+from ddp_cifar.errors import RunError, UserError
 from ddp_cifar.log import log
 from ddp_cifar.run.run_dir import RunDir
 from ddp_cifar.tracking import build_senders
-from ddp_cifar.tracking.sender import without_secrets
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,18 +24,17 @@ def main(argv: Sequence[str]) -> int:
     run_dir = RunDir(options.run_dir)
     try:
         config = load_config([*options.arguments, f"run_dir={run_dir.path}"], base=run_dir.read_config())
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"{run_dir.path} has no readable config.yaml ({error}): expected the folder of a run"
         ) from error
     with contextlib.suppress(OSError):
         if run_dir.is_locked():
             raise UserError(f"{run_dir.path} is in use by a run, which sends its metrics itself")
-    starts = run_dir.read_starts()
     # rows of the last step may follow when the run resumes
-    senders = build_senders(config, starts[-1].about if starts else {}, is_step_whole=lambda: False)
+    senders = build_senders(config, is_step_whole=lambda: False)
     if not senders:
         raise UserError(f"{run_dir.path} has no tracker: add one, such as tracking.name=mlflow or tracking.name=wandb")
     for sender in senders:
@@ -44,10 +42,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             sender.finish()
         except Exception as error:  # a service may raise anything
-            message = (
-                f"cannot send metrics to {sender.name} ({type(error).__name__}: {without_secrets(first_line(error))})"
-            )
-            raise RunError(message) from error
+            raise RunError(sender.describe(error)) from error
         log.info(f"{sender.name} has all metrics of {run_dir.path}")
     return 0
 

@@ -31,7 +31,7 @@ def load_config(argv: Sequence[str], base: Mapping[str, Any] | None = None) -> C
         show(help_text())
         sys.exit(0)
     arguments = [arg for arg in argv if arg != "--print-config"]
-    files = [arg for arg in arguments if "=" not in arg or os.path.isfile(arg)]  # paths of a sweep's runs contain `=`
+    files = _files(arguments)
     for name in files[1:] + [name for name in files if name.startswith("-")]:
         raise UserError(f"cannot read the argument {name!r}: expected [CONFIG.yaml] [key=value ...], or --help")
 
@@ -72,8 +72,13 @@ def load_config(argv: Sequence[str], base: Mapping[str, Any] | None = None) -> C
 
 def recipe_of(argv: Sequence[str]) -> str:
     """Return the name of the recipe in the arguments of `load_config`, without folders and suffix; `defaults` without one."""
-    files = [arg for arg in argv if "=" not in arg or os.path.isfile(arg)]
+    files = _files(argv)
     return Path(files[0]).stem if files else "defaults"
+
+
+def _files(arguments: Sequence[str]) -> list[str]:
+    """The arguments that name files. Paths of a sweep's runs contain `=`."""
+    return [arg for arg in arguments if "=" not in arg or os.path.isfile(arg)]
 
 
 def read_yaml(path: str, folder: str = RECIPES) -> yaml.Node | None:

@@ -55,6 +55,11 @@ class BatchPlan:
         """Return the number of micro-batches in a step of `num_images`; none is empty."""
         return min(self.num_micro_batches, num_images)
 
+    def images_of(self, step: int) -> range:
+        """Return the positions of step `step` of an epoch in the epoch's order of images."""
+        first = step * self.global_batch_size
+        return range(first, min(first + self.global_batch_size, self.num_images))
+
     def shares(self, num_images: int) -> tuple[range, ...]:
         """Return each rank's micro-batches in a step of `num_images`; a rank may have none."""
         return split_over_ranks(self.micro_batches(num_images), self.world_size)

@@ -64,8 +64,8 @@ class StepSampler:
 
     def global_batch(self, epoch: int, step: int, device: torch.device | None = None) -> tuple[Tensor, int]:
         """Return the (B,) indices of a step of an epoch over all ranks, in their order, and the number of micro-batches."""
-        batch = self.order(epoch)[step * self.plan.global_batch_size : (step + 1) * self.plan.global_batch_size]
-        return batch.to(device), self.plan.micro_batches(len(batch))
+        images = self.plan.images_of(step)
+        return self.order(epoch)[images.start : images.stop].to(device), self.plan.micro_batches(len(images))
 
     def steps(self, epoch: int, first_step: int = 0, device: torch.device | None = None) -> Iterator[StepIndices]:
         """Yield this rank's part of the epoch's steps, starting with `first_step`; earlier steps are not read.
@@ -75,7 +75,8 @@ class StepSampler:
         order = self.order(epoch).to(device)
         plan = self.plan
         for step in range(first_step, plan.steps_per_epoch):
-            batch = order[step * plan.global_batch_size : (step + 1) * plan.global_batch_size]
+            images = plan.images_of(step)
+            batch = order[images.start : images.stop]
             count = plan.micro_batches(len(batch))
             share = plan.shares(len(batch))[self.rank]
             yield StepIndices(len(batch), count, tuple(MicroBatchIndices(step, m, batch[m::count]) for m in share))

@@ -200,7 +200,8 @@ class Checkpoints:
         # damaged ones do not count toward `keep`, and are left for the user to inspect
         good = [path for path in self.paths() if path not in self.bad]
         keep = {path.name for path in good[: self.keep]} | ({os.readlink(best)} if best.is_symlink() else set())
-        keep |= {path.name for path in [path for path in good if path <= self._path(self.verified_step)][:1]}
+        verified = self._path(self.verified_step)
+        keep.update([path.name for path in good if path <= verified][:1])
         for path in good:
             if path.name not in keep:
                 path.unlink()

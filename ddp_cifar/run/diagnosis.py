@@ -233,7 +233,7 @@ class _Reader:
     def _blamed(self, causes: Sequence[Event]) -> list[Process]:
         """The ranks that are the cause according to the first event, and to those with its message; none if these are all.
 
-        If that event names none, they are the ranks that have ended without a word.
+        If that event names none, they are the ranks that have ended without an error.
         """
         ranks = {rank for event in causes if event.message == causes[0].message for rank in event.ranks}
         if causes and not ranks:

@@ -1,5 +1,6 @@
 """Trackers: rank 0 writes the scalars of a run to TensorBoard and metrics.jsonl, and sends them to services such as MLflow."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,23 +61,22 @@ def connections(config: Config) -> dict[str, Callable[[], Service]]:
 
     Raises `UserError` if a name is unknown, does not accept its `tracking.args`, or lacks a method.
     """
+    custom = config.tracking
+    names = names_in(custom.name)
+    args: Mapping[str, Any] = custom.args if isinstance(custom.name, list) else dict.fromkeys(names, custom.args)
+    for key, value in args.items():
+        if key not in names or not isinstance(value, Mapping):
+            raise UserError(
+                f"tracking.args.{key} is not for one of tracking.name={names}: expected tracking.args.NAME.KEY=VALUE, as "
+                f"tracking.name is a list"
+            )
     found: dict[str, Callable[[], Service]] = {}
-    if isinstance(names := config.tracking.name, list):
-        for key, value in config.tracking.args.items():
-            if key not in names or not isinstance(value, Mapping):
-                raise UserError(
-                    f"tracking.args.{key} is not for one of tracking.name={names}: expected tracking.args.NAME.KEY=VALUE, as "
-                    f"tracking.name is a list"
-                )
-    for name in names_in(config.tracking.name):
-        function = resolve("tracking.name", name)
-        args = config.tracking.args
-        if isinstance(config.tracking.name, list):
-            args = args.get(name, {})
-        check_arguments("tracking.name", name, function, {}, config.run_dir, **args)
+    for name in names:
+        function, own = resolve("tracking.name", name), args.get(name, {})
+        check_arguments("tracking.name", name, function, {}, config.run_dir, **own)
         if isinstance(function, type):
             _check_methods(name, function)
-        found[name] = lambda name=name, function=function, args=args: _connect(config, name, function, args)  # type: ignore[misc]
+        found[name] = functools.partial(_connect, config, name, function, own)
     return found
 
 
@@ -98,10 +98,15 @@ def _check_methods(name: str, tracker: object) -> None:
 
 
 def build_senders(
-    config: Config, tags: Mapping[str, str], is_step_whole: Callable[[], bool] = lambda: True
+    config: Config, tags: Mapping[str, str] | None = None, is_step_whole: Callable[[], bool] = lambda: True
 ) -> list[Sender]:
-    """Return a sender for each name in `tracking.name`, which has not started. Raises `UserError` as `connections` does."""
+    """Return a sender for each name in `tracking.name`, which has not started. Raises `UserError` as `connections` does.
+
+    `tags` describe the start; default: the last one of the run.
+    """
     run_dir, artifacts = RunDir(config.run_dir), config.tracking.artifacts
+    if tags is None:
+        tags = next((start.about for start in reversed(run_dir.read_starts())), {})
     return [
         Sender(name, connect, run_dir, tags, artifacts=artifacts, is_step_whole=is_step_whole)
         for name, connect in connections(config).items()
@@ -110,8 +115,7 @@ def build_senders(
 
 def send_rest(config: Config) -> None:
     """Send what the services lack of a run that has finished. If that fails, a warning is logged."""
-    starts = RunDir(config.run_dir).read_starts()
-    for sender in build_senders(config, starts[-1].about if starts else {}):
+    for sender in build_senders(config):
         sender.end("finished")
         sender.start()
         sender.close()

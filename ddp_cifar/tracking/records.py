@@ -1,6 +1,7 @@
 """What a run has logged, by step: the rows of metrics.jsonl, and the pictures beside it."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ from ddp_cifar.tracking.base import TIME, Picture
 
 ACCURACIES = ("val/accuracy", "test/accuracy")
 """The accuracy that chooses the best step: the first of these that a run has."""
+
+ROWS = 1000
+"""Rows for which the folder of pictures is listed once."""
 
 
 @dataclass
@@ -28,7 +32,7 @@ class Record:
 
 
 class Records:
-    """Reads what a run has logged, from the first step on. More can be read later, while the run goes on."""
+    """Reads what a run has logged, from the first step on. More can be read later, while the run continues."""
 
     def __init__(self, run_dir: RunDir) -> None:
         self.metrics = run_dir.metrics
@@ -46,13 +50,16 @@ class Records:
         Rows and pictures of the last step may follow as long as there is no row of a later step. It is held back for the next
         call, unless `with_last`. Raises `OSError`.
         """
-        for row in self._new_rows():
-            if self._last is None or row["step"] > self._last.step:
-                yield from self._with_pictures(row["step"])
-                self._last = Record(row["step"])
-            self._add(self._last, row)
+        rows = self._new_rows()
+        while some := list(itertools.islice(rows, ROWS)):
+            pictures = self._new_pictures()  # after these rows: what was shown before them is there
+            for row in some:
+                if self._last is None or row["step"] > self._last.step:
+                    yield from self._up_to(row["step"], pictures)
+                    self._last = Record(row["step"])
+                self._add(self._last, row)
         if with_last and self._last:
-            yield from self._with_pictures(self._last.step + 1)
+            yield from self._up_to(self._last.step + 1, self._new_pictures())
             self._last = None
 
     def _add(self, record: Record, row: dict[str, Any]) -> None:
@@ -63,19 +70,21 @@ class Records:
             if tag in numbers and (tag not in self.best or numbers[tag] > self.best[tag].scalars[tag]):
                 self.best[tag] = Record(record.step, record.time, {tag: numbers[tag]})
 
-    def _with_pictures(self, before: int) -> Iterator[Record]:
+    def _up_to(self, before: int, pictures: list[tuple[int, Path]]) -> Iterator[Record]:
         """Yield the last record, and records for pictures alone, of steps below `before`, in the order of steps."""
         records = {self._last.step: self._last} if self._last else {}
-        if self.pictures.is_dir():
-            for path in sorted(self.pictures.glob("*.png")):
-                number, _, tag = path.stem.partition("-")
-                step = int(number) if number.isdigit() else before
-                if self._shown < step < before:
-                    record = records.setdefault(step, Record(step, path.stat().st_mtime))
-                    record.pictures[tag.replace("--", "/")] = path
+        for step, path in pictures:
+            if self._shown < step < before:
+                record = records.setdefault(step, Record(step, path.stat().st_mtime))
+                record.pictures[path.stem.partition("-")[2].replace("--", "/")] = path
         for step in sorted(records):
             self._shown = step
             yield records[step]
+
+    def _new_pictures(self) -> list[tuple[int, Path]]:
+        """The steps and files of the pictures that have not been read."""
+        files = [(path.stem.partition("-")[0], path) for path in sorted(self.pictures.glob("*.png"))]
+        return [(int(step), path) for step, path in files if step.isdigit() and int(step) > self._shown]
 
     def _new_rows(self) -> Iterator[dict[str, Any]]:
         if not self.metrics.exists():

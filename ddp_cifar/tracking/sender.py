@@ -120,12 +120,10 @@ class Sender(NullTracker):
 
     def end(self, outcome: str) -> None:
         self.outcome = outcome
-        self._closing.set()  # several senders finish at the same time
-        self._new.set()
+        self._finish_soon()  # several senders finish at the same time
 
     def close(self) -> None:
-        self._closing.set()
-        self._new.set()
+        self._finish_soon()
         end_timeout_s = ARTIFACT_TIMEOUT_S if self.artifacts else END_TIMEOUT_S
         self._thread.join(end_timeout_s if self.outcome == "finished" else STOP_TIMEOUT_S)
         if self._thread.is_alive() or self._failing:
@@ -152,6 +150,14 @@ class Sender(NullTracker):
         status = self.outcome or self.run_dir.read_status()
         service.end("crashed" if status == "running" else status, self._records.best, self._checkpoint(status))
 
+    def describe(self, error: Exception) -> str:
+        """Describe an error of the service in one line, without secrets."""
+        return f"cannot send metrics to {self.name} ({type(error).__name__}: {without_secrets(first_line(error))})"
+
+    def _finish_soon(self) -> None:
+        self._closing.set()
+        self._new.set()
+
     def _run(self) -> None:
         retry_s = RETRY_S
         while True:
@@ -174,10 +180,7 @@ class Sender(NullTracker):
 
     def _fail(self, error: Exception) -> None:
         if not self._failing:
-            log.warning(
-                f"cannot send metrics to {self.name} ({type(error).__name__}: {without_secrets(first_line(error))}); training "
-                f"continues, and what is missed is sent later"
-            )
+            log.warning(f"{self.describe(error)}; training continues, and what is missed is sent later")
         self._failing, self._service = True, None
 
     def _checkpoint(self, status: str) -> Path | None:

@@ -86,14 +86,15 @@ class BufferMean:
         try:
             yield
         finally:
-            for flat, value in zip(self.flats, before, strict=True):
-                flat.copy_(value)
-            self._put_views_back()
+            self._restore(before)
 
     def undo_step(self) -> None:
         """Restore the buffers to the end of the last complete step."""
-        for flat, start in zip(self.flats, self.starts, strict=True):
-            flat.copy_(start)
+        self._restore(self.starts)
+
+    def _restore(self, values: Sequence[Tensor]) -> None:
+        for flat, value in zip(self.flats, values, strict=True):
+            flat.copy_(value)
         self._put_views_back()
 
     def at_last_step(self) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ class Verdict(NamedTuple):
 
     text: str
     ranks: Sequence[int]
-    """The ranks whose device is wrong, or may be. None: it is not known that a device is wrong."""
+    """The ranks whose device is wrong, or may be. Empty: the device may not be the cause."""
     is_certain: bool = True
     """False if only some of the ranks are wrong."""
 
@@ -39,10 +39,11 @@ def judge_states(states: Sequence[tuple[int, ...]]) -> Verdict:
     is_certain = 2 * count > len(states)
     if not is_certain:
         ranks = list(range(len(states)))
-    what = "weights" if len({weights for weights, _ in states}) > 1 else "optimizer state"
-    return Verdict(
-        f"the {what} of {ranks_text(ranks)} differ{'s' * (what[-1] == 'e')} from the other ranks'", ranks, is_certain
-    )
+    if len({weights for weights, _ in states}) > 1:
+        text = f"the weights of {ranks_text(ranks)} differ"
+    else:
+        text = f"the optimizer state of {ranks_text(ranks)} differs"
+    return Verdict(f"{text} from the other ranks'", ranks, is_certain)
 
 
 def judge(disputes: Mapping[tuple[int, int], tuple[Digest, Digest]], repeated: Sequence[Sequence[Digest]]) -> Verdict:
@@ -56,30 +57,28 @@ def judge(disputes: Mapping[tuple[int, int], tuple[Digest, Digest]], repeated: S
     permanent: dict[int, str] = {}
     unknown: dict[int, str] = {}
     for ((trainer, checker), (first, check)), digests in zip(disputes.items(), repeated, strict=True):
-        alone = len(digests) == 1
-        found = [*digests, first, check] if alone else digests
+        found = [*digests, first, check] if len(digests) == 1 else digests
         right, count = Counter(found).most_common(1)[0]
-        what = _what(first, check)
-        if 2 * count <= len(found):
-            if len(digests) > 2:
-                return Verdict("most ranks have computed different bits", [])
-            unknown |= dict.fromkeys([trainer, checker], what)
-            continue
-        permanent |= {rank: _what(digest, right) for rank, digest in enumerate(digests) if digest != right}
-        for rank, digest in ((trainer, first), (checker, check)):
-            if digest != right:
-                transient[rank] = _what(digest, right)
-    for kind, ranks in (("permanent", permanent), ("unknown", unknown), ("transient", transient)):
-        if ranks:
-            named, what = sorted(ranks), next(iter(ranks.values()))
-            has = "has" if len(named) == 1 else "have"
-            if kind == "unknown":
-                return Verdict(
-                    f"one of {ranks_text(named)} computes wrong {what}, again and again", named, is_certain=False
-                )
-            again = "and does so again" if kind == "permanent" else "but does not do so again: a transient fault"
-            return Verdict(f"{ranks_text(named)} {has} computed wrong {what}, {again}", named)
-    raise AssertionError("digests differ, but none is wrong")
+        if 2 * count > len(found):
+            permanent |= {rank: _what(digest, right) for rank, digest in enumerate(digests) if digest != right}
+            pair = ((trainer, first), (checker, check))
+            transient |= {rank: _what(digest, right) for rank, digest in pair if digest != right}
+        elif len(digests) > 2:
+            return Verdict("most ranks have computed different bits", [])
+        else:
+            unknown |= dict.fromkeys([trainer, checker], _what(first, check))
+    if permanent:
+        return _wrong(permanent, "and does so again")
+    if unknown:
+        names, what = sorted(unknown), next(iter(unknown.values()))
+        return Verdict(f"one of {ranks_text(names)} computes wrong {what}, again and again", names, is_certain=False)
+    return _wrong(transient, "but does not do so again: a transient fault")
+
+
+def _wrong(kinds: Mapping[int, str], again: str) -> Verdict:
+    """Name ranks, each with what it has computed wrongly."""
+    ranks, what = sorted(kinds), next(iter(kinds.values()))
+    return Verdict(f"{ranks_text(ranks)} {'has' if len(ranks) == 1 else 'have'} computed wrong {what}, {again}", ranks)
 
 
 def _what(one: Digest, other: Digest) -> str:

@@ -1,4 +1,4 @@
-"""Checks that devices compute right: a rank computes a micro-batch of another rank again, and the bits must be the same."""
+"""Checks that devices compute right: a rank computes a micro-batch of another rank again, bitwise the same."""
 
 import contextlib
 import functools
@@ -15,6 +15,7 @@ from ddp_cifar.distributed.collectives import ranks_text
 from ddp_cifar.distributed.world import World
 from ddp_cifar.log import log
 from ddp_cifar.run.checkpoint_store import Checkpoints
+from ddp_cifar.run.diagnosis import VERIFIED
 from ddp_cifar.run.environment import cpu_model, device_name
 from ddp_cifar.seeding import seed_dropout
 from ddp_cifar.training.fingerprint import combine, fingerprint, hash_of
@@ -42,8 +43,8 @@ class Verifier:
         self.checkpoints = checkpoints
         self.every = every = config.verify_every
         self.ends_job = config.on_corruption == "stop"
-        self._steps = self._start = 0
-        """Steps since the start."""
+        self._start = self._steps = 0
+        """The step with which this start began, and the number of steps since then."""
         self._repeats = False
         """True if the ranks have been seen to repeat their bits."""
         self.parameters = [parameter for parameter in train_step.model.parameters() if parameter.requires_grad]
@@ -80,7 +81,7 @@ class Verifier:
         if compared := self._check(progress, recorded[0]() if recorded else Digest()):
             self.checkpoints.verify(progress.step)
             if is_due:  # rows must not depend on when a run is started again
-                row |= {"run/verified_micro_batches": compared, "time/verify_s": time.perf_counter() - started}
+                row |= {VERIFIED: compared, "time/verify_s": time.perf_counter() - started}
 
     def _check(self, progress: Progress, own: Digest) -> int:
         """Compare the ranks' digests; return the number of micro-batches that were compared, 0 if they cannot be.
@@ -103,7 +104,7 @@ class Verifier:
         if len(set(states)) > 1:
             verdict = judge_states(states)
         elif others:
-            verdict = Verdict(f"{ranks_text(others)} did not compute the same bits twice", [])
+            verdict = Verdict(f"two passes over the same images on {ranks_text(others)} are not bitwise identical", [])
         elif wrong:
             repeated = [self._repeat(found, progress) for _, found in wrong]
             verdict = judge({(by[rank], rank): (first[by[rank]], checks[rank]) for rank, _ in wrong}, repeated)
@@ -128,7 +129,8 @@ class Verifier:
 
     def _index_of(self, rank: int, progress: Progress) -> int | None:
         """The micro-batch of a rank that the next step's check looks at; None if the rank has none."""
-        share = self.train_step.plan.shares(self._num_images(progress))[rank]
+        plan = self.train_step.plan
+        share = plan.shares(len(plan.images_of(progress.step_in_epoch)))[rank]
         return share[self._number(progress) % len(share)] if share else None
 
     def _pairs(self, progress: Progress) -> tuple[list[int | None], list[int]]:
@@ -142,10 +144,6 @@ class Verifier:
         """The number of the check in the run."""
         assert self.every
         return progress.step // self.every
-
-    def _num_images(self, progress: Progress) -> int:
-        plan = self.train_step.plan
-        return min(plan.global_batch_size, plan.num_images - progress.step_in_epoch * plan.global_batch_size)
 
     # -- digests
 

@@ -242,7 +242,7 @@ def test_a_run_on_a_wrong_device_ends_and_keeps_only_checkpoints_before_the_last
 
 
 class Restless(nn.Sequential):
-    """A model that does not compute the same bits twice."""
+    """A model whose passes are not bitwise repeatable."""
 
     def __init__(self, num_classes: int, image_size: int) -> None:
         super().__init__(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))
