@@ -4,13 +4,16 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddp_cifar.config import as_typed, flatten
 from ddp_cifar.log import log
 from ddp_cifar.run.run_dir import lock_file
 from ddp_cifar.tracking.records import Record
 from ddp_cifar.tracking.sender import best_name, run_id, without_secrets
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
 
 T = TypeVar("T")
 
@@ -72,15 +75,14 @@ class MLflow:
         for record in records:
             for path in record.pictures.values():
                 self.client.log_artifact(self.id, str(path), "pictures")
-        metrics = [
-            Metric(tag, value, milliseconds(record.time), record.step)
-            for record in records
-            for tag, value in record.scalars.items()
-        ]
-        # a metric that is sent again with the same time and value is not there twice
-        for some in chunks(metrics, MAX_METRICS):
-            self.client.log_batch(self.id, metrics=some)
-        self._log(tags={STEP: str(records[-1].step)})
+        metrics: list[Metric] = []
+        for record in records:
+            more = [Metric(tag, value, milliseconds(record.time), record.step) for tag, value in record.scalars.items()]
+            if metrics and len(metrics) + len(more) > MAX_METRICS:
+                self._send(metrics, metrics[-1].step)
+                metrics = []
+            metrics += more
+        self._send(metrics, records[-1].step)
 
     def end(self, outcome: str, best: Mapping[str, Record], checkpoint: Path | None) -> None:
         from mlflow.entities import Metric
@@ -131,6 +133,17 @@ class MLflow:
         for some in chunks(new, MAX_PARAMS):
             self.client.log_batch(self.id, params=some)
         self._log(tags={f"now.{key}": params[key] for key in known.keys() & params.keys() if known[key] != params[key]})
+
+    def _send(self, metrics: "Sequence[Metric]", step: int) -> None:
+        """Send the metrics up to `step`, and that the server has them, in one request: nothing can come between.
+
+        MLflow keeps a metric once only if it has the same time. After a crash, the step may be computed again, at another time.
+        """
+        from mlflow.entities import RunTag
+
+        for some in chunks(metrics[:-MAX_METRICS], MAX_METRICS):  # a single step with more metrics than fit
+            self.client.log_batch(self.id, metrics=some)
+        self.client.log_batch(self.id, metrics=metrics[-MAX_METRICS:], tags=[RunTag(STEP, str(step))])
 
     def _log(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag

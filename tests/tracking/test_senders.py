@@ -15,7 +15,7 @@ from launched import wait_until
 from ddp_cifar.errors import UserError
 from ddp_cifar.log import log
 from ddp_cifar.run.run_dir import RunDir
-from ddp_cifar.tracking import build_senders, build_tracker, connections, sender
+from ddp_cifar.tracking import build_senders, build_tracker, connections, mlflow, sender
 from ddp_cifar.tracking.base import TIME, Tracker
 from ddp_cifar.tracking.records import Record, Records
 from ddp_cifar.tracking.sender import Sender, run_id, without_secrets
@@ -296,3 +296,35 @@ def test_a_missing_package_is_named_before_the_run(monkeypatch: pytest.MonkeyPat
 def test_the_id_of_a_run_is_made_once(tmp_path: Path) -> None:
     assert run_id(str(tmp_path)) == run_id(str(tmp_path))
     assert without_secrets("https://a:b@c/d and //x@y") == "https://***@c/d and //***@y"
+
+
+class Requests:
+    """MLflow's client, as far as `log_steps` needs it. Keeps the metrics and tags of each request."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[list[tuple[str, int]], dict[str, str]]] = []
+
+    def log_batch(self, run_id: str, metrics: Sequence[Any] = (), tags: Sequence[Any] = ()) -> None:
+        self.requests.append(([(item.key, item.step) for item in metrics], {item.key: item.value for item in tags}))
+
+
+def test_after_each_request_mlflow_has_whole_steps_and_knows_which() -> None:
+    """So a run that is killed between two requests repeats no step."""
+    service = mlflow.MLflow.__new__(mlflow.MLflow)
+    service.id, service.client = "run", Requests()
+    sizes = {5: 700, 6: 299, 7: 2, 8: 0, 9: 1000, 10: 1}
+    records = [Record(step, 1.0, {f"m{number}": 0.0 for number in range(size)}) for step, size in sizes.items()]
+    service.log_steps(records)
+    sent: list[tuple[str, int]] = []
+    for metrics, tags in service.client.requests:
+        assert len(metrics) <= mlflow.MAX_METRICS
+        sent += metrics
+        known = int(tags[mlflow.STEP])
+        assert sent == [(tag, record.step) for record in records if record.step <= known for tag in record.scalars]
+    assert [int(tags[mlflow.STEP]) for _, tags in service.client.requests] == [6, 7, 9, 10]
+    service.log_steps([Record(11, 1.0, {f"m{number}": 0.0 for number in range(2500)})])
+    assert [(len(metrics), tags.get(mlflow.STEP)) for metrics, tags in service.client.requests[4:]] == [
+        (1000, None),
+        (500, None),
+        (1000, "11"),
+    ]
