@@ -65,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
     with (
         contextlib.closing(run_dir),
         Requests(run_dir.path if rank == 0 else None, find_deadline(config.train, began)) as requests,
+        contextlib.ExitStack() as trackers,  # closed last: no rank waits until rank 0 has sent its metrics to a service
         open_world(config.device, config.backend, timeout=timedelta(seconds=config.comm.timeout_s)) as world,
         contextlib.ExitStack() as stack,
     ):
@@ -107,21 +108,22 @@ def main(argv: Sequence[str]) -> int:
         if world.is_main:
             start, tracker = start_records(run_dir, trainer, began, places, last_beat, rows, recipe_of(argv))
         requests.catch_signals()
-        with contextlib.closing(tracker), run_dir.recording_failure():
+        trackers.enter_context(contextlib.closing(tracker))
+        with run_dir.recording_failure():
             profiler = Profiler(run_dir.profile, world, trainer.progress.step, config.train.profile_steps)
             reason = trainer.fit(requests=requests, heartbeat=heartbeat, start=start, profiler=profiler)
             ended = f"stopped: {reason}" if reason else "finished"
-            if world.is_main:
+
+            def end() -> int:
+                """Write the last rows, then the final status; return the exit status."""
                 trainer.dashboard.show_history(run_dir.read_starts(), ended, trainer.progress.step)
                 tracker.end(ended)
+                tracker.sync()
+                run_dir.write_status(ended)
+                requests.stopped()
+                return EXIT_SAVE_FAILED if checkpoints.failed_saves else 0
 
-        def end() -> int:
-            """Write the final status, after all files are on the disk; return the exit status."""
-            run_dir.write_status(ended)
-            requests.stopped()
-            return EXIT_SAVE_FAILED if checkpoints.failed_saves else 0
-
-        status = world.on_main(end)
+            status = world.on_main(end)
         if reason:
             log.info(f"stopped by {reason}: {trainer.progress}; run the same command to resume")
         else:

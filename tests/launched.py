@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ddp_cifar.run.checkpoint_file import digest, load_checkpoint
+from ddp_cifar.run.processes import is_dead
+from ddp_cifar.run.signs import read_sign
 
 CHECKOUT = Path(__file__).parent.parent
 ARGUMENTS = (
@@ -197,3 +199,18 @@ class Run:
     def step(self) -> int:
         """The step of the newest checkpoint."""
         return int(load_checkpoint(max(self.path.glob("checkpoints/step_*.pt")))["progress"]["step"])
+
+
+class WaitsForOthers:
+    """A tracker whose `close` returns once the other rank has exited. It notes how long that took."""
+
+    def __init__(self, config: dict[str, Any], run_dir: str) -> None:
+        self.run_dir = Path(run_dir)
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        sign = read_sign(self.run_dir / "heartbeats", rank=1)
+        assert sign is not None
+        (self.run_dir / "alone").write_text(str(wait_until(lambda: is_dead(sign.pid), 30)))

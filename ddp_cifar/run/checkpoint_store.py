@@ -154,12 +154,14 @@ class Checkpoints:
     def distrust(self, start: int) -> None:
         """Rename the checkpoints after `verified_step` to unverified_*, so that no run resumes from them.
 
-        If no check has ever been made, those after the step `start`, from which the run was started. Raises `OSError`.
+        If no check has ever been made, those after the step `start`, from which the run was started. Call `finish` before.
         """
-        self.finish()
         verified, paths = self._path(self.verified_step or start), self.paths()
-        for path in (path for path in paths if path > verified):
-            path.rename(path.with_name(f"unverified_{path.name}"))
+        try:
+            for path in (path for path in paths if path > verified):
+                path.rename(path.with_name(f"unverified_{path.name}"))
+        except OSError as error:  # the other ranks wait for this one
+            log.warning(f"cannot rename checkpoints that cannot be trusted ({error.strerror}); remove the newest ones")
         self.last_good = next((path for path in paths if path <= verified), None)
         for name in ("latest.pt", "best.pt"):
             if not (link := self.folder / name).exists():

@@ -153,11 +153,17 @@ class Stopped(Exception):
 class Failed(Exception):
     """Raised on all ranks at the same call if the run cannot continue. `faulty`: the ranks whose weights or device are wrong."""
 
-    def __init__(self, message: str, faulty: Sequence[int] = (), *, ends_job: bool = False) -> None:
-        """`ends_job`: the run must not be started again by a launcher."""
+    def __init__(
+        self, message: str, faulty: Sequence[int] = (), *, ends_job: bool = False, wrong_since: int | None = None
+    ) -> None:
+        """`ends_job`: the run must not be started again by a launcher.
+
+        `wrong_since`: checkpoints after the last verified one may be wrong; if none is verified, those after this step.
+        """
         super().__init__(message)
         self.faulty = faulty
         self.ends_job = ends_job
+        self.wrong_since = wrong_since
 
     def error_of(self, rank: int) -> type[RunError]:
         """Return the type of the error with which a rank ends."""

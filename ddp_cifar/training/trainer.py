@@ -69,7 +69,7 @@ class Trainer:
         """The step at which `train_epoch` stops. `fit` uses the config's; a benchmark, which calls `train_epoch`, changes it."""
         if config.train.max_steps is not None:
             self.last_step = min(self.last_step, config.train.max_steps)
-        self.verifier = Verifier(config.train, world, train_step, train_loader, checkpoints)
+        self.verifier = Verifier(config.train, world, train_step, train_loader, checkpoints.verify)
         self.save_due = False
         saves = config.checkpoint.on_failure
         self.survivor = Survivor(world, train_step, self.metrics, checkpoints, self.state_dict, enabled=saves)
@@ -125,7 +125,7 @@ class Trainer:
         except Failed as failed:
             self.survivor.forbid(str(failed))
             error = failed.error_of(self.world.rank)
-            raise error(f"{failed}; {self.describe_last_good()}") from None
+            raise error(f"{failed}; {self.describe_last_good(failed.wrong_since)}") from None
         return reason
 
     def train_epoch(self) -> None:
@@ -234,11 +234,13 @@ class Trainer:
         while not self.checkpoints.finish(timeout_s=0.5) and time.perf_counter() < deadline:
             self.heartbeat.beat(self.progress.step)
 
-    def describe_last_good(self) -> str:
-        """Describe the newest good checkpoint of a failed run. Every rank must call it."""
+    def describe_last_good(self, wrong_since: int | None) -> str:
+        """Describe the newest good checkpoint of a failed run; see `Failed` for `wrong_since`. Every rank must call it."""
 
         def find() -> str | None:
             self.finish_saves()
+            if wrong_since is not None:
+                self.checkpoints.distrust(wrong_since)
             return str(self.checkpoints.last_good) if self.checkpoints.last_good else None
 
         path = self.world.on_main(find)

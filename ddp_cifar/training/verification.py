@@ -14,7 +14,6 @@ from ddp_cifar.data.loader import MicroBatch, TrainLoader
 from ddp_cifar.distributed.collectives import ranks_text
 from ddp_cifar.distributed.world import World
 from ddp_cifar.log import log
-from ddp_cifar.run.checkpoint_store import Checkpoints
 from ddp_cifar.run.diagnosis import VERIFIED
 from ddp_cifar.run.environment import cpu_model, device_name
 from ddp_cifar.seeding import seed_dropout
@@ -35,18 +34,26 @@ class Verifier:
     """
 
     def __init__(
-        self, config: TrainConfig, world: World, train_step: TrainStep, loader: TrainLoader, checkpoints: Checkpoints
+        self,
+        config: TrainConfig,
+        world: World,
+        train_step: TrainStep,
+        loader: TrainLoader,
+        on_verified: Callable[[int], None],
     ) -> None:
+        """`on_verified` is called with the number of completed steps, in a state that a check has found nothing wrong with."""
         self.world = world
         self.train_step = train_step
         self.loader = loader
-        self.checkpoints = checkpoints
+        self.on_verified = on_verified
         self.every = every = config.verify_every
         self.ends_job = config.on_corruption == "stop"
         self._start = self._steps = 0
         """The step with which this start began, and the number of steps since then."""
         self._repeats = False
         """True if the ranks have been seen to repeat their bits."""
+        self._same_optimizer: bool | None = None
+        """True if the optimizer's state is the same on all ranks; None before it has one. A user's may divide it among them."""
         self.parameters = [parameter for parameter in train_step.model.parameters() if parameter.requires_grad]
         if every is not None and (reason := _why_not(world, train_step)):
             log.info(f"devices are not verified (train.verify_every={every}): {reason}")
@@ -79,7 +86,7 @@ class Verifier:
             self.train_step.around_pass = contextlib.nullcontext
         started = time.perf_counter()
         if compared := self._check(progress, recorded[0]() if recorded else Digest()):
-            self.checkpoints.verify(progress.step)
+            self.on_verified(progress.step)
             if is_due:  # rows must not depend on when a run is started again
                 row |= {VERIFIED: compared, "time/verify_s": time.perf_counter() - started}
 
@@ -95,7 +102,11 @@ class Verifier:
         mine = self._index_of(self.world.rank, progress)
         repeats = self._repeats or mine is None or self._compute(mine, progress) == own
         rows = self.world.gather([*state, *own, *again, repeats])
-        states = [tuple(row[:2]) for row in rows]
+        if self._same_optimizer is None and any(row[1] for row in rows):
+            self._same_optimizer = len({row[1] for row in rows}) == 1
+            if not self._same_optimizer:
+                log.info("the ranks' optimizer states are not compared: the optimizer gives each rank its own")
+        states = [(row[0], row[1] if self._same_optimizer else 0) for row in rows]
         first, checks = [Digest(*row[2:5]) for row in rows], [Digest(*row[5:8]) for row in rows]
         self._repeats, others = True, [rank for rank, row in enumerate(rows) if not row[8]]
         wrong = [
@@ -118,12 +129,9 @@ class Verifier:
             return 0
         hosts = self.world.gather_objects(socket.gethostname())
         where = ", ".join(f"rank {rank} is on {hosts[rank]}" for rank in verdict.ranks)
-        try:
-            self.checkpoints.distrust(self._start)
-        except OSError as error:  # the other ranks wait for this one
-            log.warning(f"cannot rename checkpoints that cannot be trusted ({error.strerror}); remove the newest ones")
         text = f"in step {progress.step + 1}, {verdict.text} ({where})"
-        raise Failed(text, faulty=verdict.ranks, ends_job=self.ends_job or not verdict.is_certain)
+        ends_job = self.ends_job or not verdict.is_certain
+        raise Failed(text, faulty=verdict.ranks, ends_job=ends_job, wrong_since=self._start)
 
     # -- which micro-batches are compared
 
@@ -185,6 +193,7 @@ class Verifier:
         return [Digest(*row) for row in self.world.gather(self._compute(index, progress))]
 
     def _hash_of_optimizer(self) -> int:
+        """Return a hash of the optimizer's state, 0 if it has none."""
         states = self.train_step.optimizer.state
         tensors = [
             value
@@ -192,7 +201,7 @@ class Verifier:
             for _, value in sorted(states.get(parameter, {}).items())
             if isinstance(value, Tensor)
         ]
-        return combine([hash_of(tensor).to(self.world.device) for tensor in tensors])
+        return combine([hash_of(tensor).to(self.world.device) for tensor in tensors]) if tensors else 0
 
 
 class _Hashes:

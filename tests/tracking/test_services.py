@@ -186,6 +186,12 @@ def test_a_run_in_mlflow_through_three_kills_and_a_server_that_is_away(server: S
     assert all(row["_timestamp"] == times.get(row["_step"], row["_timestamp"]) for row in rows)
 
 
+def test_the_other_ranks_exit_while_rank_0_still_sends(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.finish("tracking.name=launched:WaitsForOthers", "train.epochs=1")
+    assert (run.path / "alone").read_text() == "True", run.terminal
+
+
 def history_of(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows in a folder of W&B: its file has records of protobuf in the format of LevelDB's log."""
     from wandb.proto import wandb_internal_pb2

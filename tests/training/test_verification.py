@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import Rows, config_of, make_trainer, random_dataset
 from ranks import RankPool
 from torch import Tensor, nn
@@ -259,6 +260,24 @@ def test_the_second_step_of_a_start_is_checked_without_a_row(ranks: RankPool, tm
         == [("", "", [])] * 2
     )
     assert Checkpoints(tmp_path, keep=1).verified_step == 1
+
+
+class OwnState(torch.optim.SGD):
+    """An optimizer with another state on each rank."""
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["own"] = torch.tensor(dist.get_rank())
+        return super().step(closure)
+
+
+def test_an_optimizer_may_have_another_state_on_each_rank(ranks: RankPool, tmp_path: Path) -> None:
+    arguments = ("train.global_batch_size=8", "optim.name=test_verification:OwnState", "checkpoint.on_failure=false")
+    kind, text, rows = ranks.run(fit, 2, str(tmp_path), arguments, None)[0]
+    assert (kind, text) == ("", "")
+    assert {row["compared"] for row in rows} == {2}
+    kind, text, rows = ranks.run(fit, 2, str(tmp_path), arguments, 4)[0]
+    assert "one of ranks 0 and 1 computes wrong gradients" in text
 
 
 @pytest.mark.parametrize("size", [1, 3])
