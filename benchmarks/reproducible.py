@@ -24,10 +24,11 @@ TARGET = 0.95
 def main() -> None:
     parser = arguments("images/s with train.reproducible and without", rounds=11)
     parser.add_argument("--steps", type=int, default=3, help="steps per slice (3)")
+    parser.add_argument("--device", default="cpu", help="(cpu)")
     parser.add_argument("--micro", type=int, help="images per micro-batch (default: --batch, one micro-batch per rank)")
     options = parser.parse_args()
 
-    with open_world("cpu") as world:
+    with open_world(options.device) as world:
         images = options.steps * options.batch * world.world_size
         data = random_dataset((options.rounds + 1) * images)
         sizes = [

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from image_folders import write_tree
 from launched import CHECKOUT
 
 Shell = Callable[..., Any]
@@ -43,12 +44,55 @@ def test_the_survival_benchmark_compares_on_with_off(shell: Shell, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_the_reproducible_benchmark_compares_on_with_off(shell: Shell, tmp_path: Path) -> None:
-    options = ("--rounds", "2", "--steps", "1", "--batch", "8", "--micro", "4", "--json", str(tmp_path / "on.json"))
-    done = shell("torchrun", "--standalone", "--nproc_per_node=2", "benchmarks/reproducible.py", *options, timeout=300)
-    assert done.status == 0, done.err
-    (comparison,) = json.loads((tmp_path / "on.json").read_text())["comparisons"]
+def test_every_part_of_the_gpu_script_runs_on_the_cpu(shell: Shell, tmp_path: Path) -> None:
+    images, found = write_tree(tmp_path / "images", per_class=20, size=(32, 32)), tmp_path / "found"
+    for call in ("1", "2"):
+        done = shell("benchmarks/gpu.sh", "--short", call, str(found), str(images), timeout=470)
+        assert done.status == 0, done.out
+        assert "skipped" not in done.out
+    outputs = {path.stem: path.read_text() for path in found.glob("*.txt")}
+    assert set(outputs) == {
+        *("benchmark-8-off", "prepare", "speed-0", "speed", "benchmark-128-in-32-off"),
+        *("article", "article-table", "repeats", "reproducible", "ranks-1", "ranks-2", "peers"),
+    }
+    assert all(f"== {name}: exit status 0 after " in text for name, text in outputs.items())
+    assert json.loads((found / "repeats.json").read_text()) == {
+        "reproducible": {"repeated": True, "resumed": True, "on two ranks": True}
+    }
+    (comparison,) = json.loads((found / "reproducible.json").read_text())["comparisons"]
     assert (comparison["contender"], comparison["reference"], comparison["target"]) == ("on", "off", 0.95)
+    assert (found / "article.png").exists()
+
+
+def test_the_gpu_script_says_what_it_expects(shell: Shell, tmp_path: Path) -> None:
+    for arguments in ((), ("3", str(tmp_path)), (str(tmp_path),)):
+        done = shell("benchmarks/gpu.sh", *arguments)
+        assert done.status != 0
+        assert "expected benchmarks/gpu.sh [--short] 1|2 FOLDER [DATA_ROOT]" in done.err
+
+
+@pytest.mark.slow
+def test_a_rank_has_two_more_connections_than_bare_ddp_opens(shell: Shell, tmp_path: Path) -> None:
+    """However many ranks there are: those of a ring for control messages."""
+    options = (
+        "--ranks",
+        "5",
+        "--rounds",
+        "1",
+        "--steps",
+        "3",
+        "8",
+        "--batch",
+        "1",
+        "--json",
+        str(tmp_path / "found.json"),
+    )
+    done = shell(sys.executable, "benchmarks/ranks.py", *options, timeout=300)
+    assert done.status == 0, done.out + done.err
+    found = json.loads((tmp_path / "found.json").read_text())["5"]
+    assert found["ddp_cifar"]["connections"] == found["bare"]["connections"] + 2
+    assert found["ddp_cifar"]["collectives_per_step"] <= found["bare"]["collectives_per_step"] + 2
+    assert "| TCP connections per rank | 7 / 5 |" in done.out
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ def check_own_device(here: RankContext) -> str:
         for facts in here.everyone
         if facts.get("device") == here.facts["device"] and facts["rank"] != here.rank
     ]
-    if sharing:
+    if sharing and here.config.backend != "gloo":
         raise Problem(
             f"its GPU is also used by rank {', '.join(map(str, sharing))}",
             "start one agent per node (--ntasks-per-node=1), and set NPROC_PER_NODE to the node's number of GPUs",
@@ -139,7 +139,7 @@ def check_own_device(here: RankContext) -> str:
             "if it should have the same number of GPUs, check them (nvidia-smi) or set NPROC_PER_NODE; the run works either way",
             is_warning=True,
         )
-    return "not shared"
+    return "shared, which backend=gloo supports" if sharing else "not shared"
 
 
 def check_same_data(here: RankContext) -> str:

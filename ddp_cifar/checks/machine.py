@@ -128,7 +128,8 @@ def _others(interfaces: dict[str, str]) -> str:
 
 def check_device(here: RankContext) -> str:
     """Check that this rank's device exists and multiplies matrices correctly, with integers that are exact in fp32."""
-    device = pick_device(here.config.device, here.local_rank, here.local_world_size, here.world_size)
+    config = here.config
+    device = pick_device(config.device, config.backend, here.local_rank, here.local_world_size, here.world_size)
     here.device, name = device, device.type
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

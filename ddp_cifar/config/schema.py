@@ -525,7 +525,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", role=("non_result", "machine"))
     """Device of each rank. auto: one GPU per rank if there are GPUs, else the CPU."""
     backend: Literal["auto", "gloo", "nccl"] = setting("auto", role=("non_result", "machine"))
-    """Backend of torch.distributed. auto: nccl on cuda, else gloo."""
+    """Backend of torch.distributed. auto: nccl on cuda, else gloo. gloo also lets ranks share a GPU, to try several ranks on
+    one."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Precision of the forward and backward passes; weights and updates stay fp32. auto: bf16 if every rank's hardware
     supports it, else fp32. tf32: fp32, with 10-bit mantissas in matrix products on a GPU. fp16: with loss scaling, for GPUs

@@ -40,7 +40,7 @@ def open_world(
     """
     rank, world_size = rank_and_world_size()
     local_rank, local_world_size = local_rank_and_world_size()
-    rank_device = pick_device(device, local_rank, local_world_size, world_size)
+    rank_device = pick_device(device, backend, local_rank, local_world_size, world_size)
     backend = ("nccl" if rank_device.type == "cuda" else "gloo") if backend == "auto" else backend
     if backend == "nccl" and rank_device.type != "cuda":
         raise UserError(
@@ -105,8 +105,11 @@ def _unused_part_of_the_store() -> PrefixStore:
     return PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", open_store())
 
 
-def pick_device(device: str, local_rank: int, local_world_size: int, world_size: int) -> torch.device:
-    """Return this rank's device for auto, cpu, cuda or mps. Raises `UserError` if the machine has none for this rank."""
+def pick_device(device: str, backend: str, local_rank: int, local_world_size: int, world_size: int) -> torch.device:
+    """Return this rank's device for auto, cpu, cuda or mps. Raises `UserError` if the machine has none for this rank.
+
+    With backend gloo, ranks share GPUs if a node has more ranks than GPUs. NCCL does not support that.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -115,12 +118,12 @@ def pick_device(device: str, local_rank: int, local_world_size: int, world_size:
                 "device=cuda, but PyTorch finds no usable GPU on this machine: use device=auto or device=cpu"
             )
         gpus = torch.cuda.device_count()
-        if local_rank >= gpus:
+        if local_rank >= gpus and backend != "gloo":
             raise UserError(
                 f"{local_world_size} ranks on {socket.gethostname()}, which has {gpus} GPUs: "
-                f"use --nproc_per_node={gpus}, or device=cpu"
+                f"use --nproc_per_node={gpus}, or backend=gloo, with which ranks share a GPU"
             )
-        return torch.device("cuda", local_rank)
+        return torch.device("cuda", local_rank % gpus)
     if device == "mps":
         if not torch.backends.mps.is_available():
             raise UserError("device=mps, but PyTorch finds no Apple GPU on this machine: use device=auto or device=cpu")

@@ -30,6 +30,10 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # gloo's default
 NODE_TIMEOUT = timedelta(days=1)  # for the other ranks of a node while its first one downloads or decodes
 
 
+LAZY = "TORCH_GLOO_LAZY_INIT"
+"""The variable with which torch lets gloo connect ranks only when they exchange data."""
+
+
 @contextlib.contextmanager
 def stdout_without_gloo() -> Iterator[None]:
     """Open groups in this context: what gloo prints goes to stderr, as stdout may be the CSV of predict.
@@ -49,9 +53,19 @@ def stdout_without_gloo() -> Iterator[None]:
 
 
 def open_group(backend: str, timeout: timedelta, name: str) -> dist.ProcessGroup:
-    """Open another group of all ranks. Every rank must call it. Messages about hangs contain the name."""
-    with stdout_without_gloo():
-        return cast(dist.ProcessGroup, dist.new_group(backend=backend, timeout=timeout, group_desc=name))
+    """Open another group of all ranks. Every rank must call it. Messages about hangs contain the name.
+
+    gloo connects two ranks when they first exchange data: in a ring, each has two connections, however many ranks there are.
+    """
+    eager = os.environ.get(LAZY)
+    os.environ[LAZY] = "1"
+    try:
+        with stdout_without_gloo():
+            return cast(dist.ProcessGroup, dist.new_group(backend=backend, timeout=timeout, group_desc=name))
+    finally:
+        del os.environ[LAZY]
+        if eager is not None:
+            os.environ[LAZY] = eager
 
 
 @dataclass(frozen=True)
