@@ -130,6 +130,10 @@ def _secret_in(values: Mapping[str, Any], prefix: str) -> str:
     return ""
 
 
+def _is_flip(value: Any) -> bool:
+    return isinstance(value, bool) or value == "alternate"
+
+
 def _is_class_weights(value: Any) -> bool:
     if isinstance(value, list):
         return any(value) and all(_is_number(weight) and weight >= 0 for weight in value)
@@ -209,9 +213,10 @@ class AugmentConfig:
     crop_padding: int | None = setting(None, at_least=0, at_most=MAX_IMAGE_SIZE, role="identity")
     """Pixels of black padding on each side of a training image, before a random crop to its size. 0: no crop. null: an
     eighth of the shorter side, which is 4 for 32 x 32 pixels, as in the original script."""
-    flip: bool = setting(True, role="identity")
-    """Flip half of the training images horizontally, chosen at random. Turn it off where mirror images differ, as for
-    digits and text."""
+    flip: Any = setting(True, expected="true, false or alternate", accepts=_is_flip, role="identity")
+    """Flip half of the training images horizontally. true: chosen at random in each epoch. alternate: chosen at random in the
+    first epoch, then the other half, and so on: two epochs see both sides of each image. false: where mirror images differ, as
+    for digits and text."""
     cutout: int = setting(0, at_least=0, at_most=MAX_IMAGE_SIZE, role="identity")
     """Side, in pixels, of a square at a random place in each training image that is replaced by the mean. 0: none."""
     name: str | None = setting(None, role="identity")

@@ -30,7 +30,8 @@ class Geometry:
 
     padding: int
     """Pixels on each side before the crop."""
-    flip: bool
+    flip: bool | str
+    """True, False, or "alternate"."""
     cutout: int
     """Side of the square, in pixels."""
 
@@ -53,7 +54,11 @@ class Geometry:
         def numbers(below: int, columns: int) -> Tensor:
             return torch.randint(below, (num_samples, columns), generator=random, dtype=torch.int32)
 
-        corners, flipped = numbers(2 * self.padding + 1, 2), numbers(2, 1) * self.flip
+        corners, flipped = numbers(2 * self.padding + 1, 2), numbers(2, 1) * bool(self.flip)
+        if self.flip == "alternate":
+            # Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU (2024), "alternating flip"
+            first = torch.randint(2, (num_samples, 1), generator=generator(f"{purpose} flip", seed), dtype=torch.int32)
+            flipped = (first + epoch) % 2
         centers = [numbers(height, 1), numbers(width, 1)] if self.cutout else []
         return torch.cat([corners, flipped, *centers], dim=1)
 

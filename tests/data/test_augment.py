@@ -52,6 +52,21 @@ def test_the_augmentation_of_an_image_depends_only_on_seed_epoch_and_id() -> Non
     assert torch.equal(table[:, :2], geometry_of(flip=False).draw(100, SHAPE, seed=1, epoch=2)[:, :2])
 
 
+def test_alternating_flips_show_both_sides_of_each_image_in_two_epochs() -> None:
+    tables = [geometry_of(flip="alternate").draw(10_000, SHAPE, seed=1, epoch=epoch) for epoch in range(4)]
+    flips = [table[:, 2] for table in tables]
+    assert torch.equal(flips[0] + flips[1], torch.ones(10_000, dtype=torch.int32))
+    assert torch.equal(flips[2], flips[0])
+    assert torch.equal(flips[3], flips[1])
+    assert 0.48 < flips[0].double().mean() < 0.52
+    assert all(
+        torch.equal(table[:, :2], geometry_of().draw(10_000, SHAPE, seed=1, epoch=epoch)[:, :2])
+        for epoch, table in enumerate(tables)
+    )
+    corner_and_flip = torch.stack([tables[0][:, 0].double(), flips[0].double()])
+    assert torch.corrcoef(corner_and_flip)[0, 1].abs() < 0.05
+
+
 def test_all_crops_and_flips_are_equally_frequent() -> None:
     table = geometry_of(cutout=2).draw(81_000, SHAPE, seed=0, epoch=0).long()
     assert table[:, :2].amin() == 0
