@@ -31,11 +31,16 @@ class Muon(Optimizer):
         weight_decay: float,
         momentum: float,
         newton_schulz_steps: int = 5,
+        bf16: bool | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        """`momentum` and `newton_schulz_steps` are Muon's; `betas` and `eps` are AdamW's."""
-        options = {"momentum": momentum, "newton_schulz_steps": newton_schulz_steps, "betas": betas, "eps": eps}
+        """`momentum`, `newton_schulz_steps` and `bf16` are Muon's; `betas` and `eps` are AdamW's.
+
+        `bf16`: whether the iteration runs in bf16. Default: on a GPU, as published. All ranks must do the same.
+        """
+        options = {"momentum": momentum, "newton_schulz_steps": newton_schulz_steps, "bf16": bf16}
+        options |= {"betas": betas, "eps": eps}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "muon": False, **options})
 
     @torch.no_grad()
@@ -54,7 +59,9 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         average = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         matrix = gradient.lerp(average, group["momentum"]).flatten(1)  # Nesterov momentum
-        update = orthogonalize(matrix, group["newton_schulz_steps"]).view(parameter.shape)
+        bf16 = group.get("bf16")  # older checkpoints lack it
+        bf16 = parameter.is_cuda if bf16 is None else bf16
+        update = orthogonalize(matrix, group["newton_schulz_steps"], bf16=bf16).view(parameter.shape)
         parameter.add_(update, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
 
     def _adamw_update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
@@ -68,16 +75,16 @@ class Muon(Optimizer):
         parameter.addcdiv_(mean, deviation, value=-group["lr"] / (1 - beta1 ** state["step"]))
 
 
-def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
+def orthogonalize(matrix: Tensor, steps: int, *, bf16: bool) -> Tensor:
     """(rows, columns) -> a matrix of the same shape: about U V^T, where U S V^T is the singular value decomposition.
 
-    The iteration (see `COEFFICIENTS`) moves the singular values to between 0.7 and 1.2. On a GPU it runs in bf16, as published.
+    The iteration (see `COEFFICIENTS`) moves the singular values to between 0.7 and 1.2. It runs in fp32, or in `bf16`.
     """
     a, b, c = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
     found = matrix.T if is_tall else matrix
     found = found / found.norm().clamp(min=1e-7)  # no singular value is above 1
-    found = found.to(torch.bfloat16 if matrix.device.type == "cuda" else torch.float32)
+    found = found.to(torch.bfloat16 if bf16 else torch.float32)
     for _ in range(steps):
         gram = found @ found.T
         found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
