@@ -39,9 +39,9 @@ class Muon(Optimizer):
 
         `bf16`: whether the iteration runs in bf16. Default: on a GPU, as published. All ranks must do the same.
         """
+        common = {"lr": lr, "weight_decay": weight_decay, "muon": False}
         options = {"momentum": momentum, "newton_schulz_steps": newton_schulz_steps, "bf16": bf16}
-        options |= {"betas": betas, "eps": eps}
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "muon": False, **options})
+        super().__init__(params, common | options | {"betas": betas, "eps": eps})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
