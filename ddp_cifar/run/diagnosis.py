@@ -23,10 +23,8 @@ SILENT_S = 20.0
 ADVICE = (
     (r"lack of memory|out of memory", "request more memory, or use a smaller train.micro_batch_size"),
     (r"is not finite", "see docs/faq.md, The loss is NaN"),
-    (
-        r"computed wrong|computes wrong",
-        "leave that node out, and run the preflight on it; then run the same command to resume",
-    ),
+    (r"one of .* computes wrong", "run the preflight on these nodes; then run the same command to resume"),
+    (r"computed wrong", "leave that node out, and run the preflight on it; then run the same command to resume"),
     (r"the (weights|optimizer state) of .* differ", "leave that node out, and run the preflight on it"),
     (r"no heartbeat from", "check that host, then run the same command to resume"),
     (
