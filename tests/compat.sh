@@ -6,17 +6,20 @@
 #     tests/compat.sh [--python PYTHON] 2.9.1 2.14        # these versions of torch, and the newest other packages
 #     tests/compat.sh [--python PYTHON] --lowest          # every package at its lower bound in pyproject.toml
 #
+# With --when FILE, it only installs at first, and tries once FILE exists.
+#
 # Prints a line per version: pass, or the step that failed, with the end of its output. The exit status is 1 if any failed.
 #
 # Needs curl, access to PyPI, and 8 GB in $TMPDIR. Uses CPUs only. With the download of several gigabytes, a version took 7 to
 # 16 minutes on two busy cores. CI runs --lowest. docs/install.md has the results, under "Tested versions".
 set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=python3 versions=()
+python=python3 versions=() when=
 while [ $# -gt 0 ]; do
   case $1 in
     --python) python=${2:?--python needs a value} && shift ;;
     --lowest) versions+=(lowest) ;;
+    --when) when=${2:?--when needs a file} && shift ;;
     [0-9]*) versions+=("$1") ;;
     *) versions=() && break ;;
   esac
@@ -78,6 +81,7 @@ try() { # VERSION
 
   at install
   install "$1"
+  until [ -z "$when" ] || [ -e "$when" ]; do sleep 1; done
 
   at "dry run"
   python -m ddp_cifar.train --dry-run --nodes 3 --nproc-per-node 4 data.name=shapes
