@@ -9,7 +9,9 @@ import torch.distributed as dist
 from ranks import RankPool
 from torch.torch_version import TorchVersion
 
+from ddp_cifar.distributed.rendezvous import pick_device
 from ddp_cifar.distributed.world import World, open_group
+from ddp_cifar.errors import UserError
 
 
 class Unsendable(Exception):
@@ -46,3 +48,12 @@ def test_what_gloo_prints_when_a_group_opens_is_not_on_stdout(
     out, err = capfd.readouterr()
     assert out == ("a row" if is_redirected else "[Gloo] connecteda row")
     assert err == ("[Gloo] connected" if is_redirected else "")
+
+
+def test_ranks_share_gpus_only_with_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [pick_device("auto", "gloo", rank, 3, 3).index for rank in range(3)] == [0, 1, 0]
+    assert pick_device("cuda", "auto", 1, 2, 2).index == 1
+    with pytest.raises(UserError, match=r"3 ranks on .*, which has 2 GPUs: use --nproc_per_node=2, or backend=gloo"):
+        pick_device("cuda", "auto", 2, 3, 3)
