@@ -2,8 +2,8 @@
 
     python benchmarks/ranks.py --ranks 2 4 8 16 24 [--rounds 3]
 
-Both train the network of the original script as real runs on this machine, one after the other: ddp_cifar as
-`torchrun -m ddp_cifar.train` does, with all its defaults, and bare_ddp.py on one fixed batch. A rank has one CPU thread and
+Both train the network of the original script as real runs on this machine, one after the other: ddp_cifar with all its
+defaults, as a user would start it, and bare_ddp.py on one fixed batch. A rank has one CPU thread and
 `--batch` images per step. Each figure is the mean over ranks, the largest rank's for connections, threads and memory, and the
 median of the rounds.
 

@@ -46,6 +46,7 @@ CANNOT = {
 """Commands that are not run, with the reason."""
 
 SPEED = "test_benchmarks.py::test_the_speed_benchmark_compares_with_the_best_plain_ddp_and_the_ceiling"
+GPU = "test_benchmarks.py::test_every_part_of_the_gpu_script_runs_on_the_cpu"
 RUN_BY = {
     r"\blaunch/(local|scaling|preflight)\.sh": "test_launch.py::test_the_commands_of_launch_readme_run",
     r"^launch/sweep\.sh": "test_sweep.py::test_a_sweep_of_four_runs_is_interrupted_and_resumed",
@@ -62,12 +63,13 @@ RUN_BY = {
     r"benchmarks/(speed|bare_ddp|peers)\.py": SPEED,
     r"benchmarks/data_path\.py": "test_benchmarks.py::test_the_data_path_benchmark_compares_with_one_worker",
     r"benchmarks/survival\.py": "test_benchmarks.py::test_the_survival_benchmark_compares_on_with_off",
-    r"benchmarks/reproducible\.py": "test_benchmarks.py::test_the_reproducible_benchmark_compares_on_with_off",
+    r"benchmarks/(gpu\.sh|reproducible\.py|repeats\.py)": GPU,
+    r"benchmarks/ranks\.py": "test_benchmarks.py::test_a_rank_has_two_more_connections_than_bare_ddp_opens",
     r"benchmarks/(records|hooks)\.py|benchmarks/slow_link": "test_benchmarks.py::test_the_other_benchmarks_run_on_two_ranks",
     r"benchmarks/versions\.py": "test_benchmarks.py::test_the_versions_benchmark_compares_this_checkout_with_another",
     r"benchmarks/predict\.py": "test_benchmarks.py::test_the_predict_benchmark_reports_speed_memory_and_search",
     r"benchmarks/startup\.py": "test_benchmarks.py::test_the_startup_benchmark_compares_with_a_bare_script",
-    r"benchmarks/gpu\.sh|-m ddp_cifar\.benchmark": "test_benchmark.py::test_the_benchmark_reports_what_it_measured",
+    r"-m ddp_cifar\.benchmark": "test_benchmark.py::test_the_benchmark_reports_what_it_measured",
     r"docs/article/plot\.py": "test_benchmarks.py::test_the_plot_and_table_of_the_original_script_come_from_metrics",
     r"^tensorboard ": "tracking/test_dashboard.py::",
     r"-m ddp_cifar\.preflight$": "test_launch.py::test_the_commands_of_launch_readme_run",
