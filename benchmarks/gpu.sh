@@ -26,9 +26,11 @@ LIMIT=470 # seconds of a call
 failed=0
 
 if [ -n "$short" ]; then
-  device=cpu modes=(off) workers=0 batches=(8) rounds=1 few=(--steps 2) repeat=(--batch 8 --steps 4 --recipes reproducible) epochs=2 seeds=(0)
+  device=cpu modes=(off) workers=0 batches=(8) rounds=1 few=(--steps 2) epochs=2 seeds=(0)
+  repeat=(--batch 8 --steps 4 --recipes reproducible)
 else
-  device=cuda modes=(reduce-overhead off default) workers=4,8 batches=(512 128) rounds=5 few=() repeat=(--steps 100) epochs=20 seeds=(0 1 2)
+  device=cuda modes=(reduce-overhead off default) workers=4,8 batches=(512 128) rounds=5 few=() epochs=20 seeds=(0 1 2)
+  repeat=(--steps 100)
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$folder/gpu.txt"
 fi
 
@@ -47,10 +49,13 @@ part() {
   echo "== $name: exit status $status after $((SECONDS - began)) s" | tee -a "$folder/$name.txt"
 }
 
-# bench NAME MODE BATCH MICRO: images/s, the share of the matrix rate, and the share of a step that waits for data.
+# bench NAME MODE BATCH MICRO BACKEND LAUNCHER...: images/s, the share of the matrix rate, and the share of a step that waits for
+# data.
 bench() {
-  part "$1" 100 python -m ddp_cifar.benchmark precision=bf16 "device=$device" "train.compile=$2" "train.global_batch_size=$3" \
-    "train.micro_batch_size=$4" --rounds "$rounds" "${few[@]}" --json "$folder/$1.json"
+  local name=$1 settings=("train.compile=$2" "train.global_batch_size=$3" "train.micro_batch_size=$4" "backend=$5")
+  shift 5
+  part "$name" 100 "$@" -m ddp_cifar.benchmark precision=bf16 "device=$device" "${settings[@]}" --rounds "$rounds" "${few[@]}" \
+    --json "$folder/$name.json"
 }
 
 real=(data.name=imagefolder "data.root=$data" "device=$device")
@@ -60,7 +65,7 @@ first_call() {
     part "tests" 200 python -m pytest -q -m gpu --no-header -p no:cacheprovider tests
   fi
   for mode in "${modes[@]}"; do
-    bench "benchmark-${batches[0]}-$mode" "$mode" "${batches[0]}" "${batches[0]}"
+    bench "benchmark-${batches[0]}-$mode" "$mode" "${batches[0]}" "${batches[0]}" auto python
   done
   if [ -n "$data" ]; then
     part "prepare" 60 python -m ddp_cifar.prepare "${real[@]}"
@@ -72,7 +77,7 @@ first_call() {
   fi
   # the original script's batch, in its micro-batches of 32
   for mode in "${modes[@]}"; do
-    bench "benchmark-128-in-32-$mode" "$mode" "${batches[-1]}" $((batches[-1] / 4))
+    bench "benchmark-128-in-32-$mode" "$mode" "${batches[-1]}" $((batches[-1] / 4)) auto python
   done
 }
 
@@ -87,13 +92,8 @@ second_call() {
   part "reproducible" 100 torchrun --standalone --nproc_per_node=1 benchmarks/reproducible.py --device "$device" \
     --micro $((batches[0] / 4)) "${sizes[@]}" --json "$folder/reproducible.json"
   # NCCL with one rank, which is the default on a GPU; then two ranks that share the GPU, with gloo
-  for ranks in 1 2; do
-    local backend=auto
-    [ "$ranks" = 1 ] || backend=gloo
-    part "ranks-$ranks" 60 torchrun --standalone --nproc_per_node="$ranks" -m ddp_cifar.benchmark precision=bf16 "device=$device" \
-      "backend=$backend" "train.global_batch_size=${batches[0]}" "train.micro_batch_size=$((batches[0] / ranks))" \
-      --rounds "$rounds" "${few[@]}" --json "$folder/ranks-$ranks.json"
-  done
+  bench "ranks-1" off "${batches[0]}" "${batches[0]}" auto torchrun --standalone --nproc_per_node=1
+  bench "ranks-2" off "${batches[0]}" $((batches[0] / 2)) gloo torchrun --standalone --nproc_per_node=2
   python -c 'import lightning, accelerate' 2>/dev/null && peers=(--peers)
   part "peers" 200 torchrun --standalone --nproc_per_node=1 benchmarks/speed.py --device "$device" "${sizes[@]}" \
     --workers "$workers" "${peers[@]}" --json "$folder/peers.json" --set "train.compile=${modes[0]}"

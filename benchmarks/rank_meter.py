@@ -1,12 +1,11 @@
 """What a rank uses between two of its training steps: collectives, CPU time, connections, threads, memory, bytes, files.
 
-Only the standard library is imported at first, so that a bare script stays bare.
+Only the standard library is imported before the first measured step, so that a bare script stays bare.
 """
 
 import contextlib
 import json
 import os
-import pickle
 import resource
 import socket
 import stat
@@ -95,18 +94,12 @@ def established() -> list[int]:
 
 def collectives() -> int:
     """Return the number of collectives so far, of all process groups, from torch's flight recorder."""
-    from torch._C import _distributed_c10d as c10d
+    from ddp_cifar.distributed.collectives import flight_records
 
     last: dict[str, int] = {}
-    for name in ("_dump_fr_trace", "_dump_nccl_trace"):
-        if dump := getattr(c10d, name, None):
-            entries = pickle.loads(dump(includeCollectives=True, includeStackTraces=False, onlyActive=False)).get(
-                "entries", []
-            )
-            for entry in entries:
-                if not entry.get("is_p2p"):
-                    group = str(entry["process_group"])
-                    last[group] = max(last.get(group, 0), entry["collective_seq_id"])
+    for entry in flight_records(stacks=False):
+        group = str(entry["process_group"])
+        last[group] = max(last.get(group, 0), entry["collective_seq_id"])
     return sum(last.values())
 
 

@@ -74,19 +74,7 @@ def test_the_gpu_script_says_what_it_expects(shell: Shell, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_rank_has_two_more_connections_than_bare_ddp_opens(shell: Shell, tmp_path: Path) -> None:
     """However many ranks there are: those of a ring for control messages."""
-    options = (
-        "--ranks",
-        "5",
-        "--rounds",
-        "1",
-        "--steps",
-        "3",
-        "8",
-        "--batch",
-        "1",
-        "--json",
-        str(tmp_path / "found.json"),
-    )
+    options = (*"--ranks 5 --rounds 1 --steps 3 8 --batch 1 --json".split(), str(tmp_path / "found.json"))
     done = shell(sys.executable, "benchmarks/ranks.py", *options, timeout=300)
     assert done.status == 0, done.out + done.err
     found = json.loads((tmp_path / "found.json").read_text())["5"]

@@ -27,7 +27,7 @@ Shell = Callable[..., Any]
 def test_ci_tries_the_lowest_versions_after_the_tests_or_their_rerun_passed(
     tests: int, failed: int, rerun: int, lowest: int, calls: list[str], status: int, shell: Shell, tmp_path: Path
 ) -> None:
-    def program(path: str, exit_status: object = 0, first: str = "") -> None:
+    def program(path: str, exit_status: int = 0, first: str = "") -> None:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(f'#!/bin/sh\n{first}\necho "$0 $*" >>calls\nexit {exit_status}\n')
         (tmp_path / path).chmod(0o755)
@@ -49,4 +49,4 @@ def test_ci_tries_the_lowest_versions_after_the_tests_or_their_rerun_passed(
     names = [Path(path).name for path, _ in called]
     assert [name for name in names if name not in ("apt-get", "cluster.sh")] == calls
     if "compat.sh" in calls:
-        assert called[-1][1].startswith(f"--python {tmp_path}/.venv/bin/python --lowest --when ")
+        assert called[-1][1].rpartition(" ")[0] == f"--python {tmp_path}/.venv/bin/python --lowest --when"

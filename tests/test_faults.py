@@ -118,7 +118,7 @@ def test_the_time_limit_stops_and_saves(run: Run) -> None:
     assert run.end() == 0
     assert 8 < time.monotonic() - begun < 40
     assert run.status in ("stopped: train.max_hours (rank 0)", "stopped: train.max_hours (rank 1)")
-    assert_diagnosed(run.path, "stopped", "train.max_hours (rank 0)")
+    assert_diagnosed(run.path, "stopped", run.status.removeprefix("stopped: "))
     assert "stopped by train.max_hours" in run.terminal
     assert run.step > 0
 

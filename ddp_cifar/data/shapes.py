@@ -140,19 +140,19 @@ def _paint(labels: Tensor, rand: Callable[..., Tensor]) -> Tensor:
 
     def cover(distance: Tensor, size: Tensor) -> Tensor:
         """Return the fraction of each pixel that a shape covers, (n, 1, 32, 32); its edge is one pixel wide."""
-        return (0.5 - distance * size).clamp_(0, 1).unsqueeze(1)
+        return (0.5 - distance * size).clamp(0, 1).unsqueeze(1)
 
     # Background: a color gradient across the image
     start, end = uniform(0, 1, 3), uniform(0, 1, 3)
     across, _ = local(torch.tensor(SIZE / 2.0), 0)
-    canvas = (end - start).mul(across.unsqueeze(1) + 1).div_(2).add_(start)
+    canvas = start + (end - start) * (across.unsqueeze(1) + 1) / 2
 
     # Clutter: short lines and dots, smaller than any shape
     for _ in range(3):
         size = uniform(1.5, 3.0)
         u, v = local(size, 14)
         bit = torch.where(uniform(0, 1) < 0.5, torch.hypot(u, v) - 0.7, torch.maximum(u.abs() - 1.2, v.abs() - 0.35))
-        canvas.lerp_(uniform(0, 1, 3).expand_as(canvas), cover(bit, size))
+        canvas = canvas.lerp(uniform(0, 1, 3).expand_as(canvas), cover(bit, size))
 
     size = uniform(7.5, 11)
     u, v = local(size, 3.5)
@@ -163,8 +163,8 @@ def _paint(labels: Tensor, rand: Callable[..., Tensor]) -> Tensor:
     # A color that differs from the mean of the image: darker if the mean is bright, else brighter
     middle = canvas.mean(dim=(2, 3), keepdim=True)
     color = (middle + uniform(0.3, 0.55, 3) * torch.where(middle > 0.5, -1.0, 1.0)).clamp(0, 1)
-    canvas.lerp_(color.expand_as(canvas), cover(distance, size))
+    canvas = canvas.lerp(color.expand_as(canvas), cover(distance, size))
 
     noise = rand(3, SIZE, SIZE) - 0.5
-    canvas.add_(noise.mul_(uniform(0.05, 0.2, 1)))
-    return canvas.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+    canvas = canvas + noise * uniform(0.05, 0.2, 1)
+    return (canvas.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -63,7 +63,7 @@ def recent_collectives(step_at: Callable[[float], int], *, purposes: bool) -> li
     """
     groups: dict[str, list[Collective]] = defaultdict(list)
     buckets: Counter[int] = Counter()
-    for entry in _entries(purposes):
+    for entry in flight_records(stacks=purposes):
         found = _collective(entry, step_at(entry["time_created_ns"] / 1e9))
         if found.purpose == "gradient bucket":
             buckets[found.step] += 1
@@ -77,8 +77,8 @@ def recent_collectives(step_at: Callable[[float], int], *, purposes: bool) -> li
     ]
 
 
-def _entries(stacks: bool) -> list[dict[str, Any]]:
-    """The content of torch's flight recorders for gloo and for NCCL, with Python stacks if `stacks`."""
+def flight_records(*, stacks: bool) -> list[dict[str, Any]]:
+    """Return the content of torch's flight recorders for gloo and for NCCL, with Python stacks if `stacks`."""
     entries: list[dict[str, Any]] = []
     with contextlib.suppress(ImportError, AttributeError, TypeError, ValueError, KeyError, RuntimeError):
         from torch._C import _distributed_c10d as c10d

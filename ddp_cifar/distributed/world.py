@@ -57,15 +57,15 @@ def open_group(backend: str, timeout: timedelta, name: str) -> dist.ProcessGroup
 
     gloo connects two ranks when they first exchange data: in a ring, each has two connections, however many ranks there are.
     """
-    eager = os.environ.get(LAZY)
+    before = os.environ.get(LAZY)
     os.environ[LAZY] = "1"
     try:
         with stdout_without_gloo():
             return cast(dist.ProcessGroup, dist.new_group(backend=backend, timeout=timeout, group_desc=name))
     finally:
         del os.environ[LAZY]
-        if eager is not None:
-            os.environ[LAZY] = eager
+        if before is not None:
+            os.environ[LAZY] = before
 
 
 @dataclass(frozen=True)

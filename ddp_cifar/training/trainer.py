@@ -235,7 +235,7 @@ class Trainer:
             self.heartbeat.beat(self.progress.step)
 
     def describe_last_good(self, wrong_since: int | None) -> str:
-        """Describe the newest good checkpoint of a failed run; see `Failed` for `wrong_since`. Every rank must call it."""
+        """Rename checkpoints that may be wrong (see `Failed`), and describe the newest good one. Every rank must call it."""
 
         def find() -> str | None:
             self.finish_saves()
