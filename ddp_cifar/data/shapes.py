@@ -86,10 +86,10 @@ class Shapes(Source):
     image_size = SIZE
 
     def read(self, world: World) -> DataSet:
-        """Generate all images."""
+        """Generate all images; the ranks share the work."""
         shapes = self.config.shapes
-        train = self._draw_split(shapes.train_images, generator("shapes train", shapes.seed))
-        test = self._draw_split(shapes.test_images, generator("shapes test", shapes.seed))
+        train = self._draw_split(shapes.train_images, generator("shapes train", shapes.seed), world)
+        test = self._draw_split(shapes.test_images, generator("shapes test", shapes.seed), world)
         return DataSet(train, test, tuple(FORMS))
 
     def metadata(self, world: World) -> DataSet:
@@ -98,29 +98,43 @@ class Shapes(Source):
         train, test = (Split.metadata_only(count, self.config.image_shape) for count in counts)
         return DataSet(train, test, tuple(FORMS))
 
-    def _draw_split(self, num_images: int, random: torch.Generator) -> Split:
+    def _draw_split(self, num_images: int, random: torch.Generator, world: World) -> Split:
         labels = torch.arange(num_images) % len(FORMS)
         labels = labels[torch.randperm(num_images, generator=random)]
-        images = torch.cat([_draw(chunk, random) for chunk in labels.split(CHUNK)])
-        return Split.of(self.to_channels(images), labels)
+        blocks = itertools.count()
+        images = torch.cat(
+            [
+                _draw(chunk, random, lambda: next(blocks) % world.world_size == world.rank)
+                for chunk in labels.split(CHUNK)
+            ]
+        )
+        return Split.of(self.to_channels(world.sum_on_cpu(images)), labels)
 
 
-def _draw(labels: Tensor, random: torch.Generator) -> Tensor:
-    """(B,) labels -> (B, 3, 32, 32) uint8, in blocks small enough for the processor's cache."""
+def _draw(labels: Tensor, random: torch.Generator, is_mine: Callable[[], bool] = lambda: True) -> Tensor:
+    """(B,) labels -> (B, 3, 32, 32) uint8, in blocks small enough for the processor's cache.
+
+    A block for which `is_mine()` is False is left at 0. The random numbers are drawn for all.
+    """
     drawn: list[Tensor] = []
 
     def paint(block: slice) -> Tensor:
         count = itertools.count()
 
         def rand(*shape: int) -> Tensor:
-            """Return this block's part of the next random numbers; the first block draws them for all blocks."""
+            """Return this block's part of the next random numbers; the first call draws them for all blocks."""
             if (number := next(count)) == len(drawn):
                 drawn.append(torch.rand(len(labels), *shape, generator=random, dtype=torch.float64))
             return drawn[number][block]
 
         return _paint(labels[block], rand)
 
-    return torch.cat([paint(slice(first, first + BLOCK)) for first in range(0, len(labels), BLOCK)])
+    paint(slice(0, 0))
+    images = torch.zeros(len(labels), 3, SIZE, SIZE, dtype=torch.uint8)
+    for first in range(0, len(labels), BLOCK):
+        if is_mine():
+            images[first : first + BLOCK] = paint(slice(first, first + BLOCK))
+    return images
 
 
 def _paint(labels: Tensor, rand: Callable[..., Tensor]) -> Tensor:

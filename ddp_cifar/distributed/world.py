@@ -103,6 +103,11 @@ class World:
 
         return wait
 
+    def sum_on_cpu(self, tensor: Tensor) -> Tensor:
+        """Sum the ranks' CPU tensors element-wise, in place, on every rank. Any shape, the same on all ranks."""
+        dist.all_reduce(tensor, group=self.control_group)
+        return tensor
+
     def max(self, value: float) -> float:
         """Return the maximum of the ranks' `value`, exchanged over the CPU."""
         largest = torch.tensor(value, dtype=torch.float64)

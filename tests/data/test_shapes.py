@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import config_of
+from ranks import RankPool
 
 from ddp_cifar.data import build_dataset
 from ddp_cifar.data.dataset import DataSet
@@ -23,6 +24,18 @@ def test_the_same_seed_gives_the_same_shapes(alone: World) -> None:
     assert one.train.images.shape == (50, 3, 32, 32)
     assert torch.bincount(one.train.labels).tolist() == [5] * 10
     assert one.classes == tuple(FORMS)
+
+
+def test_ranks_that_share_the_drawing_get_the_images_of_one(alone: World, ranks: RankPool) -> None:
+    """Seven blocks of at most 100 images, of which one rank draws three."""
+    for drawn in ranks.run(_checksum, 3):
+        assert drawn == _checksum(alone)
+
+
+def _checksum(world: World) -> tuple[str, str]:
+    color = shapes(world, "data.shapes.train_images=550", "data.shapes.test_images=20")
+    gray = shapes(world, "data.shapes.train_images=550", "data.shapes.test_images=20", "data.channels=1")
+    return color.describe(), gray.describe()
 
 
 @pytest.mark.slow
