@@ -96,7 +96,7 @@ try() { # VERSION
   same runs/one runs/two
 
   at "kill and resume"
-  local paced=(configs/demo.yaml model.name=paced_network:Network data.shapes.train_images=1280 train.epochs=4 train.ema_decay=0.9 checkpoint.every_steps=5)
+  local paced=(configs/demo.yaml model.name=paced_network:Network data.shapes.train_images=640 train.epochs=4 train.ema_decay=0.9 checkpoint.every_steps=5)
   export PYTHONPATH=tests NPROC_PER_NODE=2 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=10
   launch/local.sh "${paced[@]}" run_dir=runs/whole
   launch/local.sh "${paced[@]}" run_dir=runs/killed &
