@@ -12,7 +12,7 @@ import pytest
 
 from ddp_cifar.distributed.world import World
 from ddp_cifar.run import heartbeat as heartbeat_module
-from ddp_cifar.run.heartbeat import Heartbeat
+from ddp_cifar.run.heartbeat import Heartbeat, watched_by
 from ddp_cifar.run.signs import Sign
 
 SIGNS = {rank: Sign(rank, f"host{rank}", 100 + rank, ticks=5, beats=7, step=7, time=0.0) for rank in range(3)}
@@ -59,6 +59,30 @@ def test_a_lost_rank_is_named_and_a_disk_that_does_not_work_is_no_lost_rank(
         check_lost({0: SIGNS[0], 1: SIGNS[1]}, {0: alive[0], 1: alive[1]})
     check_lost(SIGNS, alive)
     check_lost(SIGNS, SIGNS)
+
+
+def test_of_many_ranks_a_few_read_the_files_of_all(
+    alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all(len(watched_by(rank, 32)) == 32 for rank in range(32))
+    for size in (33, 1000):
+        watched = [watched_by(rank, size) for rank in range(size)]
+        readers = [rank for rank in range(size) if len(watched[rank]) == size]
+        assert 16 <= len(readers) <= 32
+        assert all({*readers, rank} <= {*watched[rank]} for rank in range(size))
+        assert sum(map(len, watched)) <= size * 65
+    monkeypatch.setattr(heartbeat_module, "READERS", 2)
+    monkeypatch.setattr(heartbeat_module, "leave", lambda message, ranks: left.append(ranks))
+    left: list[Sequence[int]] = []
+    signs = SIGNS | {3: dataclasses.replace(SIGNS[0], rank=3)}
+    alive = {rank: dataclasses.replace(sign, ticks=9) for rank, sign in signs.items()}
+    for rank, lost, found in ((0, 1, True), (3, 1, False), (3, 2, True), (3, 3, False)):
+        left.clear()
+        world = World(rank, rank, 4, 4, alone.device, "gloo", alone.control_group)
+        Heartbeat(tmp_path, tmp_path, world, timeout_s=60, silent_timeout_s=30)._check_lost(
+            signs, {**alive, lost: dataclasses.replace(signs[lost], pid=-1, host="elsewhere")}
+        )
+        assert left == ([[lost]] if found else [])
 
 
 def test_a_rank_that_is_lost_some_time_after_the_last_progress_is_found(
