@@ -25,8 +25,7 @@ INTERVALS = 12
 LONGEST_INTERVAL_S = 5.0
 
 READERS = 32
-"""The number of ranks that read the files of all ranks, about. In a hang, n ranks that read n files would ask 1,000,000 things
-of the disk at once with n = 1,000, and find nothing in time."""
+"""About this many ranks read the files of all. If 1,000 ranks did so in a hang, they would open a million files at once."""
 
 
 class Heartbeat:
