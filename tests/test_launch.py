@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from documented import copy_checkout, named_commands
-from launched import CHECKOUT
+from launched import CHECKOUT, environment_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_mistakes import TINY
 
@@ -80,6 +80,17 @@ def test_two_agents_on_loopback_train_like_one_process(shell: Shell, tmp_path: P
     first, second = rows(tmp_path / "one run"), rows(tmp_path / "two runs")
     assert [row["step"] for row in first] == [row["step"] for row in second]
     assert first[0]["train/loss"] == pytest.approx(second[0]["train/loss"], abs=1e-6)
+
+
+def test_the_limit_of_open_files_is_raised_for_the_connections_of_many_ranks(tmp_path: Path) -> None:
+    (tmp_path / "limits.py").write_text(
+        "import resource; print('limits:', *resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    command = f"ulimit -Sn 512 && PYTHONPATH={tmp_path} MODULE=limits launch/node.sh"
+    done = subprocess.run(["bash", "-c", command], cwd=CHECKOUT, env=environment_of(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (limits,) = (line.split()[1:] for line in done.stdout.splitlines() if line.startswith("limits:"))
+    assert limits[0] == limits[1]
 
 
 def test_the_default_command_without_data_or_network_says_what_to_do(shell: Shell, tmp_path: Path) -> None:
