@@ -12,24 +12,21 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
+
 NAME = "torch._dynamo"
 
 
 def load_dynamo_on_demand() -> None:
     """Let training without torch.compile run without torch._dynamo. It is loaded when something else of it is used."""
     if NAME not in sys.modules:
-        _install(_Placeholder(NAME))
-
-
-def _install(placeholder: "_Placeholder") -> None:
-    sys.modules[NAME] = placeholder
-    sys.modules["torch"]._dynamo = placeholder  # type: ignore[attr-defined]
+        sys.modules[NAME] = torch._dynamo = _Placeholder(NAME)
 
 
 def _load() -> ModuleType:
     """Return torch._dynamo, loaded in place of the placeholder."""
     if isinstance(sys.modules.get(NAME), _Placeholder):
-        del sys.modules[NAME]
+        del sys.modules[NAME], torch._dynamo
     return importlib.import_module(NAME)  # sets torch._dynamo as well
 
 
