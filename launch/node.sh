@@ -53,7 +53,8 @@ fi
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc_per_node ? cores / nproc_per_node : 1))}
 # rank 0's store has a connection to every rank
-ulimit -Sn "$(ulimit -Hn)" 2>/dev/null || true
+open_files=$(ulimit -Sn)
+[ "$open_files" = unlimited ] || [ "$open_files" -ge 65536 ] || ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"
 # With a shared store, restarted ranks read the addresses of the previous ranks, and fail or hang.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 shutdown_timeout=60

@@ -86,11 +86,11 @@ def test_the_limit_of_open_files_is_raised_for_the_connections_of_many_ranks(tmp
     (tmp_path / "limits.py").write_text(
         "import resource; print('limits:', *resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
-    command = f"ulimit -Sn 512 && PYTHONPATH={tmp_path} MODULE=limits launch/node.sh"
+    command = f"ulimit -Sn 512 && ulimit -Hn 2000 && PYTHONPATH={tmp_path} MODULE=limits launch/node.sh"
     done = subprocess.run(["bash", "-c", command], cwd=CHECKOUT, env=environment_of(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (limits,) = (line.split()[1:] for line in done.stdout.splitlines() if line.startswith("limits:"))
-    assert limits[0] == limits[1]
+    assert limits == ["2000", "2000"]
 
 
 def test_the_default_command_without_data_or_network_says_what_to_do(shell: Shell, tmp_path: Path) -> None:

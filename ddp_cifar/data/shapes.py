@@ -88,8 +88,10 @@ class Shapes(Source):
     def read(self, world: World) -> DataSet:
         """Generate all images; the ranks share the work."""
         shapes = self.config.shapes
-        train = self._draw_split(shapes.train_images, generator("shapes train", shapes.seed), world)
-        test = self._draw_split(shapes.test_images, generator("shapes test", shapes.seed), world)
+        same = world.gather([shapes.train_images, shapes.test_images, shapes.seed])
+        shared = world if same.count(same[0]) == len(same) else None  # else the caller finds that the data differ
+        train = self._draw_split(shapes.train_images, generator("shapes train", shapes.seed), shared)
+        test = self._draw_split(shapes.test_images, generator("shapes test", shapes.seed), shared)
         return DataSet(train, test, tuple(FORMS))
 
     def metadata(self, world: World) -> DataSet:
@@ -98,20 +100,19 @@ class Shapes(Source):
         train, test = (Split.metadata_only(count, self.config.image_shape) for count in counts)
         return DataSet(train, test, tuple(FORMS))
 
-    def _draw_split(self, num_images: int, random: torch.Generator, world: World) -> Split:
+    def _draw_split(self, num_images: int, random: torch.Generator, shared: World | None) -> Split:
+        """Draw a split; with `shared`, its ranks share the work."""
         labels = torch.arange(num_images) % len(FORMS)
         labels = labels[torch.randperm(num_images, generator=random)]
-        blocks = itertools.count()
-        images = torch.cat(
-            [
-                _draw(chunk, random, lambda: next(blocks) % world.world_size == world.rank)
-                for chunk in labels.split(CHUNK)
-            ]
-        )
-        return Split.of(self.to_channels(world.sum_on_cpu(images)), labels)
+        rank, world_size = (shared.rank, shared.world_size) if shared else (0, 1)
+        turns = itertools.cycle(range(world_size))
+        images = torch.cat([_draw(chunk, random, lambda: next(turns) == rank) for chunk in labels.split(CHUNK)])
+        if shared:
+            shared.sum_on_cpu(images)
+        return Split.of(self.to_channels(images), labels)
 
 
-def _draw(labels: Tensor, random: torch.Generator, is_mine: Callable[[], bool] = lambda: True) -> Tensor:
+def _draw(labels: Tensor, random: torch.Generator, is_mine: Callable[[], bool]) -> Tensor:
     """(B,) labels -> (B, 3, 32, 32) uint8, in blocks small enough for the processor's cache.
 
     A block for which `is_mine()` is False is left at 0. The random numbers are drawn for all.

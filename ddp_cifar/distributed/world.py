@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from ddp_cifar.dynamo import without_dynamo
 from ddp_cifar.errors import UserError, few_of
 
 T = TypeVar("T")
@@ -203,7 +204,8 @@ class World:
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         options: dict[str, Any] = {buffers: False, "bucket_cap_mb": bucket_mb, "gradient_as_bucket_view": True}
-        ddp = DistributedDataParallel(model, device_ids=device_ids, **options)
+        with without_dynamo():
+            ddp = DistributedDataParallel(model, device_ids=device_ids, **options)
         if hook != "none":
             hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
             ddp.register_comm_hook(dist.group.WORLD, hooks[hook])

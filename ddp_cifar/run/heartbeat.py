@@ -42,7 +42,7 @@ class Heartbeat:
         self.stacks = logs / f"rank_{world.rank}.stacks"
         self.events = EventLog(logs, world.rank)
         self.world = world
-        self.watched = watched_by(world.rank, world.world_size)
+        self.watched = watched_by(world)
         # the ranks that watch all others know who is behind, and say it first
         self.patience = 0.9 if len(self.watched) == world.world_size else 0.95
         self.timeout_s = timeout_s
@@ -149,6 +149,10 @@ class Heartbeat:
 
     def _describe(self, before: dict[int, Sign], after: dict[int, Sign]) -> tuple[str, Sequence[int]]:
         """Return the message about a hang, and the ranks that are its cause, as far as they are known."""
+        quiet_s = self.patience * self.timeout_s
+        message = f"no rank has made progress for {quiet_s:.0f} s (train.hang_timeout_s={self.timeout_s:g})"
+        if len(self.watched) < self.world.world_size:
+            return f"{message}; see the errors of the ranks that read all heartbeats", []
         fewest = min((sign.beats for sign in after.values()), default=0)
         behind = [sign for sign in after.values() if sign.beats == fewest]
         if _ticks(after, self.world.rank) == _ticks(before, self.world.rank):
@@ -160,11 +164,7 @@ class Heartbeat:
             reason = f"all ranks are alive, but {names} {'is' if len(behind) == 1 else 'are'} behind the others"
         wait, places = self._read_waits()
         reason += "".join(f"; {text}" for text in (wait.text, *places[:3]) if text)
-        quiet_s = self.patience * self.timeout_s
-        message = (
-            f"no rank has made progress for {quiet_s:.0f} s (train.hang_timeout_s={self.timeout_s:g}): {reason}; "
-            f"see the Python stacks of each live rank in {self.stacks.parent}/rank_*.stacks"
-        )
+        message += f": {reason}; see the Python stacks of each live rank in {self.stacks.parent}/rank_*.stacks"
         return message, wait.ranks or [sign.rank for sign in behind if len(behind) < len(after)]
 
     def _record_wait(self) -> None:
@@ -205,10 +205,13 @@ class Heartbeat:
         return {rank: sign for rank, sign in signs.items() if sign}
 
 
-def watched_by(rank: int, world_size: int) -> Sequence[int]:
-    """Return the ranks whose files `rank` reads: all of them if it is one of the readers, else the readers and itself."""
-    stride = -(-world_size // READERS)
-    return range(world_size) if rank % stride == 0 else sorted({*range(0, world_size, stride), rank})
+def watched_by(world: World) -> Sequence[int]:
+    """Return the ranks whose files this rank reads: all of them if it is a reader, else the readers and those of its node."""
+    everyone, stride = range(world.world_size), -(-world.world_size // READERS)
+    if world.rank % stride == 0:
+        return everyone
+    first = world.rank - world.local_rank
+    return sorted({*everyone[::stride], *everyone[first : first + world.local_world_size]})
 
 
 class NullHeartbeat:

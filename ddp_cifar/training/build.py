@@ -24,7 +24,6 @@ from ddp_cifar.run.checkpoint_store import Checkpoints, NullCheckpoints
 from ddp_cifar.run.environment import device_name
 from ddp_cifar.run.resume import load_init
 from ddp_cifar.seeding import derive_seed
-from ddp_cifar.training.dynamo import load_dynamo_on_demand
 from ddp_cifar.training.evaluation import Evaluator
 from ddp_cifar.training.loss import TrainingLoss, class_weights, loss_function
 from ddp_cifar.training.optim import build_optimizer
@@ -49,11 +48,10 @@ def set_up_kernels(train: TrainConfig, world: World) -> None:
     if deterministic:
         # required for determinism, before cuBLAS's first use
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # for models that compile parts of themselves
         torch.backends.cudnn.benchmark = False
-    if train.compile == "off":
-        torch.set_deterministic_debug_mode("error" if deterministic else "default")
-    else:
-        torch.use_deterministic_algorithms(deterministic)  # torch's compiler as well, which this loads
+    # use_deterministic_algorithms would import torch's compiler
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a slow debugging aid
     if train.reproducible:
         count = check_batch_size(train, world.world_size)
@@ -103,7 +101,6 @@ def build_trainer(
         raise UserError(
             f"train.compile={config.train.compile} needs a GPU, found device {world.device.type}; use train.compile=off"
         )
-    load_dynamo_on_demand()
     plan = plan_batches(config.train, world.world_size, len(dataset.train))
     device, channels_last = world.device, config.train.channels_last
     sampler = StepSampler(plan, world.rank, config.seed, dataset.train.labels if config.data.oversample else None)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ddp_cifar.config import OptimConfig
+from ddp_cifar.dynamo import without_dynamo
 from ddp_cifar.errors import UserError
 from ddp_cifar.registry import call, is_user_defined, resolve
 from ddp_cifar.training.parameters import parameter_groups
@@ -67,12 +68,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     name = "fused" if config.implementation == "auto" else config.implementation
     implementation = {"foreach": name == "foreach", "fused": name == "fused", "capturable": name == "capturable"}
     try:
-        built: Optimizer = function(model, config, implementation)
-        return built
+        with without_dynamo():
+            optimizer: Optimizer = function(model, config, implementation)
     except UserError:
         raise
     except (TypeError, ValueError) as error:
         raise UserError(f"optim.name={config.name} does not accept optim.args={config.args} ({error})") from error
+    optimizer.step = without_dynamo()(optimizer.step)  # type: ignore[method-assign]
+    return optimizer
 
 
 def _build_user_defined(function: Callable[..., Optimizer], model: nn.Module, config: OptimConfig) -> Optimizer:

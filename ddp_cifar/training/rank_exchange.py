@@ -1,6 +1,7 @@
 """The exchange between ranks during training: requests to stop, save or profile, fingerprints, times and memory."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -158,5 +159,5 @@ class RankExchange:
 def differing_ranks(statuses: Sequence[RankStatus]) -> list[int]:
     """Return the ranks whose fingerprint is not the most common one."""
     prints = [status.fingerprint for status in statuses]
-    common = max(prints, key=prints.count)
+    ((common, _),) = Counter(prints).most_common(1)
     return [rank for rank, value in enumerate(prints) if value != common]

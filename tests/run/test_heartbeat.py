@@ -64,13 +64,18 @@ def test_a_lost_rank_is_named_and_a_disk_that_does_not_work_is_no_lost_rank(
 def test_of_many_ranks_a_few_read_the_files_of_all(
     alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert all(len(watched_by(rank, 32)) == 32 for rank in range(32))
+    def world_of(rank: int, size: int) -> World:
+        return World(rank, rank % 8, size, min(8, size - rank // 8 * 8), alone.device, "gloo", alone.control_group)
+
+    assert all(len(watched_by(world_of(rank, 32))) == 32 for rank in range(32))
     for size in (33, 1000):
-        watched = [watched_by(rank, size) for rank in range(size)]
+        watched = [watched_by(world_of(rank, size)) for rank in range(size)]
         readers = [rank for rank in range(size) if len(watched[rank]) == size]
         assert 16 <= len(readers) <= 32
-        assert all({*readers, rank} <= {*watched[rank]} for rank in range(size))
-        assert sum(map(len, watched)) <= size * 65
+        for rank in range(size):
+            node = range(rank // 8 * 8, min(size, rank // 8 * 8 + 8))
+            assert {*readers, *node} <= {*watched[rank]}
+        assert sum(map(len, watched)) <= size * 72
     monkeypatch.setattr(heartbeat_module, "READERS", 2)
     monkeypatch.setattr(heartbeat_module, "leave", lambda message, ranks: left.append(ranks))
     left: list[Sequence[int]] = []
@@ -78,11 +83,15 @@ def test_of_many_ranks_a_few_read_the_files_of_all(
     alive = {rank: dataclasses.replace(sign, ticks=9) for rank, sign in signs.items()}
     for rank, lost, found in ((0, 1, True), (3, 1, False), (3, 2, True), (3, 3, False)):
         left.clear()
-        world = World(rank, rank, 4, 4, alone.device, "gloo", alone.control_group)
-        Heartbeat(tmp_path, tmp_path, world, timeout_s=60, silent_timeout_s=30)._check_lost(
-            signs, {**alive, lost: dataclasses.replace(signs[lost], pid=-1, host="elsewhere")}
-        )
+        world = World(rank, 0, 4, 1, alone.device, "gloo", alone.control_group)
+        beating = Heartbeat(tmp_path, tmp_path, world, timeout_s=60, silent_timeout_s=30)
+        beating._check_lost(signs, {**alive, lost: dataclasses.replace(signs[lost], host="elsewhere")})
         assert left == ([[lost]] if found else [])
+    message, ranks = beating._describe(signs, alive)
+    assert ranks == []
+    assert message == (
+        "no rank has made progress for 57 s (train.hang_timeout_s=60); see the errors of the ranks that read all heartbeats"
+    )
 
 
 def test_a_rank_that_is_lost_some_time_after_the_last_progress_is_found(
