@@ -108,6 +108,14 @@ def test_the_plot_and_table_of_the_original_script_come_from_metrics(shell: Shel
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_plot_of_time_to_accuracy_comes_from_its_rows(shell: Shell, tmp_path: Path) -> None:
+    done = shell(sys.executable, "docs/time_to_accuracy/plot.py", str(tmp_path / "curves.png"))
+    assert done.status == 0, done.err
+    assert "| original script | 1 | 35 | 50 | 85.09 % | |" in done.out
+    assert "| speed.yaml | 3 | 5 | 6 | 85.77 ± 0.18 % |" in done.out
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "names"), [("hooks", {"hook none", "hook fp16", "hook bf16"}), ("records", {"on", "off"})]

@@ -23,7 +23,7 @@ LEVELS = """
     command
     config distributed
     registry log
-    errors seeding shipped text_files
+    errors seeding shipped text_files dynamo
 """
 LEVEL_OF = {part: number for number, line in enumerate(LEVELS.split("\n")) for part in line.split()}
 MAX_LINES = 300

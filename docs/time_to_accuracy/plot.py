@@ -68,7 +68,8 @@ def main(picture: Path) -> None:
     for name, (curve, color) in single.items():
         left.plot(list(curve), list(curve.values()), color=color, label=name)
         print(f"| {name} | 1 | {first(curve)} | {max(curve)} | {curve[max(curve)]:.2f} % | |")
-    for recipe, color in (("cifar10", "tab:blue"), ("speed", "tab:red")):
+    recipes = sorted({path.stem.rpartition("-")[0] for path in FOLDER.glob("*.jsonl")})
+    for recipe, color in zip(recipes, ("tab:red", "tab:blue", "tab:purple"), strict=False):
         curves, seconds = read_recipe(recipe)
         middle, ends = mean(curves), [curve[max(curve)] for curve in curves]
         for axes, unit in ((left, 1.0), (right, seconds / 60)):
