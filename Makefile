@@ -8,7 +8,7 @@ RUN := PATH="$(BIN):$$PATH"
 KILLS ?= 200
 
 help:
-	@echo "make demo       train on 2 processes with generated images (one to four minutes after the set-up)"
+	@echo "make demo       train on 2 processes with generated images (a minute after the set-up, on two fast cores)"
 	@echo "make dashboard  start TensorBoard for runs/"
 	@echo "make test       run the linters and the fast tests (about 10 minutes on two fast cores)"
 	@echo "make test-all   run the linters and all tests"

@@ -43,9 +43,9 @@ def without_dynamo() -> Iterator[None]:
         _remove(stand_in)
 
 
-def _remove(stand_in: ModuleType | None) -> None:
+def _remove(stand_in: ModuleType) -> None:
     with _installing:
-        if isinstance(stand_in, _StandIn) and sys.modules.get(NAME) is stand_in:
+        if sys.modules.get(NAME) is stand_in:
             del sys.modules[NAME]
             vars(torch).pop("_dynamo", None)
 

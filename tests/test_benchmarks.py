@@ -109,7 +109,7 @@ def test_the_plot_and_table_of_the_original_script_come_from_metrics(shell: Shel
 
 
 def test_the_plot_of_time_to_accuracy_comes_from_its_rows(shell: Shell, tmp_path: Path) -> None:
-    done = shell(sys.executable, "docs/time_to_accuracy/plot.py", str(tmp_path / "curves.png"))
+    done = shell(sys.executable, "docs/article/time_to_accuracy.py", str(tmp_path / "curves.png"))
     assert done.status == 0, done.err
     assert "| original script | 1 | 35 | 50 | 85.09 % | |" in done.out
     assert "| speed.yaml | 3 | 5 | 6 | 85.77 ± 0.18 % |" in done.out

@@ -70,7 +70,7 @@ RUN_BY = {
     r"benchmarks/predict\.py": "test_benchmarks.py::test_the_predict_benchmark_reports_speed_memory_and_search",
     r"benchmarks/startup\.py": "test_benchmarks.py::test_the_startup_benchmark_compares_with_a_bare_script",
     r"-m ddp_cifar\.benchmark": "test_benchmark.py::test_the_benchmark_reports_what_it_measured",
-    r"docs/time_to_accuracy/plot\.py": "test_benchmarks.py::test_the_plot_of_time_to_accuracy_comes_from_its_rows",
+    r"docs/article/time_to_accuracy\.py": "test_benchmarks.py::test_the_plot_of_time_to_accuracy_comes_from_its_rows",
     r"docs/article/plot\.py": "test_benchmarks.py::test_the_plot_and_table_of_the_original_script_come_from_metrics",
     r"^tensorboard ": "tracking/test_dashboard.py::",
     r"-m ddp_cifar\.preflight$": "test_launch.py::test_the_commands_of_launch_readme_run",

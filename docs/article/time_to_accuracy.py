@@ -1,26 +1,25 @@
 """Compare how fast the recipes get accurate: test accuracy by epoch and by training time, as a plot (PNG) and a Markdown table.
 
-    python docs/time_to_accuracy/plot.py docs/time_to_accuracy/curves.png
+    python docs/article/time_to_accuracy.py docs/article/time_to_accuracy.png
 
 Reads RECIPE-SEED.jsonl in this folder: the rows of a run's metrics.jsonl that have a test accuracy. The original script's table
-and the run of article.yaml are those in docs/article. The time of an epoch is the lower quartile of the recipe's epochs, as other
-work slowed some of them. Needs matplotlib (`pip install -e '.[dev]'`).
+and the run of article.yaml are those of plot.py. The time of an epoch is the lower quartile of the recipe's epochs, as other work
+slowed some of them. Needs matplotlib (`pip install -e '.[dev]'`).
 """
 
-import csv
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plot import Epoch, read_article, read_metrics
 
 FOLDER = Path(__file__).parent
-ARTICLE = FOLDER.parent / "article"
 GOAL = 85.1
 """Test accuracy in %: what the original script's table first reaches in epoch 35."""
 
@@ -28,23 +27,16 @@ Curve = dict[int, float]
 """Test accuracy in % by epoch."""
 
 
-def read_metrics(path: Path) -> tuple[Curve, list[float]]:
-    """Return a run's test accuracies, and the seconds of training of each epoch."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "test/accuracy" in row]
-    return {int(row["train/epoch"]): 100 * row["test/accuracy"] for row in rows}, [row["time/epoch_s"] for row in rows]
+def curve_of(epochs: Mapping[int, Epoch]) -> Curve:
+    return {number: epoch.test_accuracy for number, epoch in epochs.items()}
 
 
 def read_recipe(recipe: str) -> tuple[list[Curve], float]:
     """Return the curves of a recipe's seeds, and the lower quartile of the seconds of training per epoch."""
-    runs = [read_metrics(path) for path in sorted(FOLDER.glob(f"{recipe}-*.jsonl"))]
-    return [curve for curve, _ in runs], statistics.quantiles([s for _, epochs in runs for s in epochs], n=4)[0]
-
-
-def read_article() -> Curve:
-    """Return the published test accuracies."""
-    with open(ARTICLE / "article.csv", encoding="utf-8") as file:
-        return {int(row[0]): float(row[3]) for row in list(csv.reader(file))[1:]}
+    paths = sorted(FOLDER.glob(f"{recipe}-*.jsonl"))
+    rows = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    seconds = statistics.quantiles([row["time/epoch_s"] for row in rows], n=4)[0]
+    return [curve_of(read_metrics(path)) for path in paths], seconds
 
 
 def mean(curves: Sequence[Curve]) -> Curve:
@@ -60,15 +52,15 @@ def first(curve: Curve) -> str:
 def main(picture: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     single: dict[str, tuple[Curve, str]] = {
-        "original script": (read_article(), "tab:orange"),
-        "article.yaml": (read_metrics(ARTICLE / "metrics.jsonl")[0], "tab:green"),
+        "original script": (curve_of(read_article()), "tab:orange"),
+        "article.yaml": (curve_of(read_metrics(FOLDER / "metrics.jsonl")), "tab:green"),
     }
     print(f"| Recipe | Seeds | First epoch with {GOAL} % | Last epoch | Test accuracy in it | Time per epoch |")
     print("|---|---|---|---|---|---|")
     for name, (curve, color) in single.items():
         left.plot(list(curve), list(curve.values()), color=color, label=name)
         print(f"| {name} | 1 | {first(curve)} | {max(curve)} | {curve[max(curve)]:.2f} % | |")
-    recipes = sorted({path.stem.rpartition("-")[0] for path in FOLDER.glob("*.jsonl")})
+    recipes = sorted({path.stem.rpartition("-")[0] for path in FOLDER.glob("*-*.jsonl")})
     for recipe, color in zip(recipes, ("tab:red", "tab:blue", "tab:purple"), strict=False):
         curves, seconds = read_recipe(recipe)
         middle, ends = mean(curves), [curve[max(curve)] for curve in curves]
