@@ -51,14 +51,15 @@ first_line_of_error() {
 print("torchrun:", json.load(open(sys.argv[1]))["message"]["message"].splitlines()[0])' "$1" 2>/dev/null || true
 }
 
-# died_without_error DIR: true if a rank of the last start in torchrun's log folder DIR was killed: it left neither an error, nor
-# the note that another rank was lost.
+# died_without_error DIR: true if a rank of the last start in torchrun's log folder DIR was killed: it no longer runs, and left
+# neither an error, nor the note that another rank was lost.
 died_without_error() {
   local folder attempt
   attempt=$(find "$1" -path '*/attempt_*' -prune -name 'attempt_*' -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d ' ' -f 2-)
   [ -n "$attempt" ] || return 1
   for folder in "$attempt"/*/; do
-    [ -e "$folder/error.txt" ] || [ -e "$folder/lost_peer" ] || return 0
+    [ -e "$folder/error.txt" ] || [ -e "$folder/lost_peer" ] ||
+      grep -qzsx "TORCHELASTIC_ERROR_FILE=${folder}error.json" /proc/[0-9]*/environ || return 0
   done
   return 1
 }

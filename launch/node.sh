@@ -91,11 +91,22 @@ forward_signal() {
   if [ -z "$agent" ]; then exit 1; fi
   read -ra ranks -d '' < <(cat "/proc/$agent/task/"*/children 2>/dev/null) || true
   [ ${#ranks[@]} -gt 0 ] || read -ra ranks -d '' < <(pgrep -P "$agent" 2>/dev/null) || true
+  note_death
   [ ${#ranks[@]} = 0 ] || kill -s "$1" "${ranks[@]}" 2>/dev/null || true
   if [ "$before" = INT ] || { [ ${#ranks[@]} = 0 ] && ! ranks_were_started; }; then
     kill -TERM "$agent" 2>/dev/null || true
   fi
 }
+
+# note_death: set `died` if a rank of this node has died so far. Called before the first signal is forwarded, as ranks that die after
+# a signal, such as Slurm's when another node has failed, are not this node's fault.
+# shellcheck disable=SC2329 # called by forward_signal
+note_death() {
+  [ -n "${NODE_NAME:-}" ] && [ -z "$noted" ] || return 0
+  noted=1
+  ! died_without_error "$log_dir" || died=1
+}
+noted='' died=''
 
 # ranks_were_started: true if torchrun has created log folders for ranks, which are then starting, running or finished.
 # shellcheck disable=SC2329 # called by forward_signal
@@ -105,7 +116,7 @@ ranks_were_started() {
 trap 'forward_signal INT' INT
 trap 'forward_signal TERM' TERM HUP
 trap 'forward_signal USR1' USR1
-trap 'interrupted=1; kill -TERM "${agent:-${!:-$$}}" 2>/dev/null || true' QUIT USR2
+trap 'interrupted=1; note_death; kill -TERM "${agent:-${!:-$$}}" 2>/dev/null || true' QUIT USR2
 
 # wait_for_ranks: wait until no rank is left, as they may save. Kills those that are stopped, and all after 30 s: torchrun
 # leaves them behind if it is killed, or gets a signal while it waits for them.
@@ -145,8 +156,8 @@ wait_for "$agent" && status=0 || status=$?
 if [ -z "${LOG_DIR:-}" ]; then
   rm -rf "$log_dir"
 elif [ -n "${NODE_NAME:-}" ]; then
-  # after a signal, such as Slurm's when another node has failed, dead ranks are not this node's fault
-  [ "$status" = 0 ] || [ -n "${interrupted:-}" ] || ! died_without_error "$log_dir" || : >"$LOG_DIR/died-$NODE_NAME"
+  note_death
+  [ "$status" = 0 ] || [ -z "$died" ] || : >"$LOG_DIR/died-$NODE_NAME"
   : >"$LOG_DIR/exited-$NODE_NAME"
 fi
 exit "$status"

@@ -69,6 +69,42 @@ def test_a_signal_while_ranks_import_torch_stops_the_ranks_that_replace_them(run
     assert run.status == "stopped: SIGTERM (rank 0)"
 
 
+SAVING_RANK = """
+import os, pathlib, signal, time
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+folder = pathlib.Path(os.environ["LOG_DIR"])
+(folder / f"pid_{os.environ['RANK']}").write_text(str(os.getpid()))
+until = time.monotonic() + 60
+while not (folder / "saved").exists() and time.monotonic() < until:
+    time.sleep(0.05)
+pathlib.Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name("lost_peer").touch()
+raise SystemExit(1)
+"""
+"""A rank that has lost another one, and saves until a file exists."""
+
+
+@pytest.mark.parametrize("signal_first", [False, True])
+def test_a_rank_that_dies_before_a_signal_is_the_fault_of_its_node(tmp_path: Path, signal_first: bool) -> None:
+    """Slurm ends the scripts of all nodes once one has ended, which may not be that of the dead rank."""
+    (tmp_path / "saving_rank.py").write_text(SAVING_RANK)
+    settings = {"NPROC_PER_NODE": "2", "MODULE": "saving_rank", "LOG_DIR": str(tmp_path), "NODE_NAME": "node7"}
+    environment = environment_of(**settings)
+    environment["PYTHONPATH"] += f":{tmp_path}"
+    launcher = subprocess.Popen([CHECKOUT / "launch" / "node.sh"], env=environment)
+    pids = [tmp_path / f"pid_{rank}" for rank in range(2)]
+    assert wait_until(lambda: all(path.exists() and path.read_text() for path in pids), 30)
+    dead = int(pids[1].read_text())
+    acts = [lambda: send([dead], signal.SIGKILL), lambda: send([launcher.pid], signal.SIGTERM)]
+    for act in reversed(acts) if signal_first else acts:
+        act()
+        time.sleep(1)
+    (tmp_path / "saved").touch()
+    assert launcher.wait(30) != 0
+    assert (tmp_path / "exited-node7").exists()
+    assert (tmp_path / "died-node7").exists() != signal_first
+
+
 def assert_diagnosed(run_dir: Path, state: str, cause: str, *ranks: int) -> None:
     found = diagnose(str(run_dir))
     assert (found.state, [process.rank for process in found.ranks]) == (state, [*ranks]), found
