@@ -3,7 +3,8 @@
     python tests/recovery.py --runs 5
     python tests/recovery.py --runs 5 --checkout FOLDER        # the code of another checkout
 
-Prints for each fault the seconds from the fault to the first new step, and the steps lost: median (lowest - highest).
+Prints for each fault the seconds from the fault to the first new step, how many of them are more than the ranks that start again
+take to import torch, and the steps lost: median (lowest - highest).
 """
 
 import argparse
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launched import ARGUMENTS, CHECKOUT, environment_of, free_port, parent_of, processes, send, wait_until
@@ -105,6 +106,14 @@ def kill_node(run: Measured) -> None:
     send([run.launchers[1].pid, agent, run.rank(1)], signal.SIGKILL)
 
 
+def import_torch(processes: int) -> float:
+    """Return the seconds that this number of processes takes to import torch at the same time."""
+    begun = time.monotonic()
+    importing = [subprocess.Popen([sys.executable, "-c", "import torch"]) for _ in range(processes)]
+    assert not any(process.wait() for process in importing)
+    return time.monotonic() - begun
+
+
 def ranks(count: int, *arguments: str) -> Callable[[Measured], None]:
     return lambda run: run.launch(*arguments, NPROC_PER_NODE=str(count))
 
@@ -117,13 +126,14 @@ def two_nodes(run: Measured) -> None:
         time.sleep(1)
 
 
-FAULTS: dict[str, tuple[Callable[[Measured], None], Callable[[Measured], None], float]] = {
-    "rank killed, 2 ranks": (ranks(2), kill_rank, 60),
-    "rank killed, 4 ranks": (ranks(4), kill_rank, 60),
-    "node killed, 2 nodes, MIN_NODES=1": (two_nodes, kill_node, 200),
-    "rank stopped (SIGSTOP), 2 ranks": (ranks(2, "train.hang_timeout_s=60"), stop_rank, 200),
-    "rank hangs, 2 ranks, train.hang_timeout_s=20": (ranks(2, "train.hang_timeout_s=20"), hang_rank, 100),
+FAULTS: dict[str, tuple[Callable[[Measured], None], Callable[[Measured], None], float, int]] = {
+    "rank killed, 2 ranks": (ranks(2), kill_rank, 60, 2),
+    "rank killed, 4 ranks": (ranks(4), kill_rank, 60, 4),
+    "node killed, 2 nodes, MIN_NODES=1": (two_nodes, kill_node, 200, 1),
+    "rank stopped (SIGSTOP), 2 ranks": (ranks(2, "train.hang_timeout_s=60"), stop_rank, 200, 2),
+    "rank hangs, 2 ranks, train.hang_timeout_s=20": (ranks(2, "train.hang_timeout_s=20"), hang_rank, 100, 2),
 }
+"""By name: how to start the run, the fault, the most seconds to a new start, and the number of ranks that start again."""
 
 
 def main() -> None:
@@ -133,10 +143,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only faults whose name contains this")
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, {options.runs} runs per fault")
-    for name, (launch, fault, limit_s) in FAULTS.items():
+    for name, (launch, fault, limit_s, restarted) in FAULTS.items():
         if options.only not in name:
             continue
-        results = []
+        results, imports = [], []
         for _ in range(options.runs):
             folder = Path(tempfile.mkdtemp(prefix="recovery-"))
             run = Measured(folder, options.checkout)
@@ -146,12 +156,19 @@ def main() -> None:
             finally:
                 run.end()
             shutil.rmtree(folder)
+            imports.append(import_torch(restarted))
         seconds, lost = zip(*results, strict=True)
+        beyond = [total - own for total, own in zip(seconds, imports, strict=True)]
         print(
-            f"{name}: {statistics.median(seconds):.1f} s ({min(seconds):.1f} - {max(seconds):.1f}), "
-            f"{statistics.median(lost):g} steps lost ({min(lost)} - {max(lost)})",
+            f"{name}: {spread(seconds, '.1f')} s, {spread(beyond, '.1f')} s beyond the import of torch, "
+            f"{spread(lost, 'g')} steps lost",
             flush=True,
         )
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Return the median and the range, as `4.0 (3.6 - 4.5)`."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} - {max(values):{form}})"
 
 
 if __name__ == "__main__":
