@@ -1,8 +1,9 @@
 """List the runs of a sweep with their states: `python -m ddp_cifar.sweep SWEEP.yaml [key=value ...]`.
 
-A sweep file has a `grid`, which maps config keys to lists of values; every combination is a run. `config` names the recipe of
-all runs, and `key=value` arguments apply to all of them. Each run_dir is a subfolder of runs/sweeps/SWEEP, or of run_dir=FOLDER
-if given, named after its values. launch/sweep.sh runs them on this machine, slurm/sweep.sh as a Slurm array job.
+A sweep file has a `grid`, which maps config keys to lists of values; every combination is a run. Instead, or in addition, it has
+`variants`, which maps names to settings; every variant is a run, or a grid of runs. `config` names the recipe of all runs, and
+`key=value` arguments apply to all of them. Each run_dir is a subfolder of runs/sweeps/SWEEP, or of run_dir=FOLDER if given, named
+after its variant and values. launch/sweep.sh runs them on this machine, slurm/sweep.sh as a Slurm array job.
 """
 
 import itertools
@@ -32,7 +33,7 @@ from ddp_cifar.log import show
 from ddp_cifar.run.run_dir import RunDir
 from ddp_cifar.shipped import SWEEPS
 
-KEYS = ("config", "grid")
+KEYS = ("config", "grid", "variants")
 
 NOT_IN_NAMES = r"[^\w.=,+-]"
 
@@ -42,7 +43,7 @@ class SweptRun:
     """One run of a sweep."""
 
     name: str
-    """Its values, such as `lr=1e-3,seed=0`, which also name its folder."""
+    """Its variant and its values in the grid, such as `lr=1e-3,seed=0`, which also name its folder."""
     arguments: list[str]
     """Arguments for ddp_cifar.train, run_dir last."""
     state: str
@@ -77,12 +78,17 @@ def expand(path: Path, overrides: Sequence[str]) -> list[SweptRun]:
     content = read_yaml(str(path), SWEEPS)
     parts = entries(content) if isinstance(content, yaml.MappingNode) else {}
     unknown = parts.keys() - set(KEYS) if parts else {"no keys"}
-    grid = _lists(parts["grid"], path) if not unknown and "grid" in parts else {}
-    if unknown or not grid:
+    grid = _settings(parts["grid"], path, "grid") if not unknown and "grid" in parts else {}
+    variants = _variants(parts["variants"], path) if not unknown and "variants" in parts else {}
+    if unknown or not (grid or variants):
         found = ", ".join(sorted(unknown)) or "no grid"
         raise UserError(
-            f"{path} is not a sweep file ({found}): expected `grid`, with a list of values for each key, and `config`"
+            f"{path} is not a sweep file ({found}): expected `grid`, with a list of values for each key, or `variants`, with "
+            f"settings for each name, and `config`"
         )
+    varied = list(dict.fromkeys(key for settings in variants.values() for key in settings))
+    if twice := grid.keys() & {*varied}:
+        raise UserError(f"{min(twice)} is in the grid and in the variants of {path}: expected it in one of them")
     config = parts.get("config")
     if config and not isinstance(config, yaml.ScalarNode):
         raise UserError(f"config in {path} is not a file name: expected one recipe, such as demo")
@@ -90,20 +96,23 @@ def expand(path: Path, overrides: Sequence[str]) -> list[SweptRun]:
         raise UserError(
             f"cannot read the argument {stray[0]!r}: expected key=value; set the recipe by `config` in {path}"
         )
-    if again := [argument for argument in overrides if argument.split("=")[0] in grid]:
-        raise UserError(f"{again[0]}: the grid of {path} already sets {again[0].split('=')[0]}: change it there")
+    if again := [argument for argument in overrides if argument.split("=")[0] in (*grid, *varied)]:
+        raise UserError(f"{again[0]}: {path} already sets {again[0].split('=')[0]}: change it there")
     folder = next((a.removeprefix("run_dir=") for a in reversed(overrides) if a.startswith("run_dir=")), None)
     shared = [config.value] if config and config.value else []
-    shared.append(f"tracking.hparams=[{','.join(dict.fromkeys(map(setting_of, grid)))}]")
+    shared.append(f"tracking.hparams=[{','.join(dict.fromkeys(map(setting_of, [*grid, *varied])))}]")
     shared.append(f"tracking.group={re.sub(NOT_IN_NAMES, '-', path.stem)}")
     shared += [argument for argument in overrides if not argument.startswith("run_dir=")]
     names = short_names(grid)
     runs: dict[str, SweptRun] = {}
-    for combination in itertools.product(*grid.values()):
-        values = ",".join(f"{names[key]}={value.text}" for key, value in zip(grid, combination, strict=True))
-        name = re.sub(NOT_IN_NAMES, "-", values)
+    for (variant, settings), combination in itertools.product(
+        variants.items() or [("", {})], list(itertools.product(*grid.values()))
+    ):
+        values = [f"{names[key]}={value.text}" for key, value in zip(grid, combination, strict=True)]
+        name = re.sub(NOT_IN_NAMES, "-", ",".join([variant, *values] if variant else values))
         run_dir = f"{folder or f'runs/sweeps/{path.stem}'}/{name}"
-        arguments = [*shared, *(value.argument for value in combination), f"run_dir={run_dir}"]
+        own = [value.argument for value in (*itertools.chain(*settings.values()), *combination)]
+        arguments = [*shared, *own, f"run_dir={run_dir}"]
         if name in runs:
             raise UserError(f"{path} lists {name} twice: expected each value once")
         runs[name] = SweptRun(name, arguments, _state(run_dir, load_config(arguments)))
@@ -111,7 +120,7 @@ def expand(path: Path, overrides: Sequence[str]) -> list[SweptRun]:
 
 
 class Value(NamedTuple):
-    """One value of a list in the grid."""
+    """One value of a key."""
 
     text: str
     """Its text in the file."""
@@ -119,33 +128,39 @@ class Value(NamedTuple):
     """`key=value`, for ddp_cifar.train."""
 
 
-def _lists(node: yaml.Node, path: Path, prefix: str = "") -> dict[str, list[Value]]:
-    """The values of each dotted key."""
+def _variants(node: yaml.Node, path: Path) -> dict[str, dict[str, list[Value]]]:
+    """The settings of each variant, by its name. Each key has one value."""
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(
-            f"{prefix[:-1] or 'grid'} in {path} contains no keys: expected lines of the form key: [value, ...]"
-        )
+        raise UserError(f"variants in {path} contains no names: expected lines of the form name: {{key: value, ...}}")
+    return {name: _settings(child, path, f"variants: {name}", lists=False) for name, child in entries(node).items()}
+
+
+def _settings(
+    node: yaml.Node, path: Path, part: str, prefix: str = "", *, lists: bool = True
+) -> dict[str, list[Value]]:
+    """The values of each dotted key in `part` of the file: the grid, where keys have lists of values, or a variant."""
+    kind, form = ("list of values", "[value, ...]") if lists else ("value", "value")
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{part} in {path} contains no keys: expected lines of the form key: {form}")
     found: dict[str, list[Value]] = {}
     for name, child in entries(node).items():
         key = f"{prefix}{name}"
         if isinstance(child, yaml.MappingNode):
-            new = _lists(child, path, f"{key}.")
-        elif not isinstance(child, yaml.SequenceNode) or not _holds_values(child):
-            raise UserError(f"grid: {key} in {path} is not a list of values: expected {key}: [value, ...]")
+            new = _settings(child, path, part, f"{key}.", lists=lists)
         else:
-            new = {key: [Value(each.value, as_argument(key, each)) for each in child.value]}
+            nodes = [] if isinstance(child, yaml.SequenceNode) != lists else child.value if lists else [child]
+            values = [Value(each.value, as_argument(key, each)) for each in nodes if isinstance(each, yaml.ScalarNode)]
+            if not values or len(values) != len(nodes):
+                raise UserError(f"{part}: {key} in {path} is not a {kind}: expected {key}: {form}")
+            new = {key: values}
         if twice := found.keys() & new.keys():
-            raise UserError(f"grid: duplicate key {min(twice)} in {path}")
+            raise UserError(f"{part}: duplicate key {min(twice)} in {path}")
         found |= new
     if "run_dir" in found:
         raise UserError(
-            f"grid: run_dir in {path}: each run gets its own run_dir; to move all runs, pass run_dir=FOLDER as an argument"
+            f"{part}: run_dir in {path}: each run gets its own run_dir; to move all runs, pass run_dir=FOLDER as an argument"
         )
     return found
-
-
-def _holds_values(node: yaml.SequenceNode) -> bool:
-    return bool(node.value) and all(isinstance(each, yaml.ScalarNode) for each in node.value)
 
 
 def _state(path: str, config: Config) -> str:

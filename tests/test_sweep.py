@@ -37,13 +37,30 @@ def test_each_combination_is_a_run_with_the_values_as_typed(tmp_path: Path) -> N
     assert moved[0].arguments[-1] == "run_dir=over there/lr=5e-4,seed=0"
 
 
+def test_each_variant_is_a_grid_of_runs(tmp_path: Path) -> None:
+    text = "variants:\n  all: {}\n  adamw: {optim: {name: adamw, momentum: 0}}\n  no mean: {train.ema_decay: null}\n"
+    runs = expand(write(tmp_path, text), ["data.name=shapes"])
+    assert [run.name for run in runs] == ["all", "adamw", "no-mean"]
+    hparams = "tracking.hparams=[optim.name,optim.momentum,train.ema_decay]"
+    own = ("optim.name=adamw", "optim.momentum=0", "run_dir=runs/sweeps/some/adamw")
+    assert runs[1].arguments == [hparams, "tracking.group=some", "data.name=shapes", *own]
+    assert runs[2].arguments[3:] == ["train.ema_decay=null", "run_dir=runs/sweeps/some/no-mean"]
+    runs = expand(write(tmp_path, f"{text}grid: {{seed: [0, 1]}}\n"), [])
+    names = [f"{variant},seed={seed}" for variant in ("all", "adamw", "no-mean") for seed in (0, 1)]
+    assert [run.name for run in runs] == names
+    assert runs[3].arguments[2:5] == ["optim.name=adamw", "optim.momentum=0", "seed=1"]
+
+
 def test_a_sweep_of_the_project_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     runs = expand(Path("lr"), [])
     assert len(runs) == 4
     assert runs[0].arguments[0] == "demo"
     assert runs[0].arguments[-1] == "run_dir=runs/sweeps/lr/lr=5e-4,seed=0"
-    with pytest.raises(UserError, match=r"cannot read the config file lrs: .*; known names: lr; did you mean lr"):
+    assert [run.name for run in expand(Path("speed"), [])][:2] == ["all", "random-mirrors"]
+    with pytest.raises(
+        UserError, match=r"cannot read the config file lrs: .*; known names: lr, speed; did you mean lr"
+    ):
         expand(Path("lrs"), [])
 
 
@@ -77,7 +94,19 @@ def test_sections_may_be_nested_and_run_names_stay_distinct(tmp_path: Path) -> N
         ("grid: {optim.lr: [1e-3, -1]}\n", [], "optim.lr=-1.0 is out of range"),
         ("config: [a, b]\ngrid: {seed: [1]}\n", [], "config in {path} is not a file name"),
         ("config: gone.yaml\ngrid: {seed: [1]}\n", [], "cannot read the config file gone.yaml"),
-        ("grid: {seed: [1]}\n", ["seed=2"], "seed=2: the grid of {path} already sets seed"),
+        ("grid: {seed: [1]}\n", ["seed=2"], "seed=2: {path} already sets seed: change it there"),
+        ("variants: {a: {seed: 1}}\n", ["seed=2"], "seed=2: {path} already sets seed: change it there"),
+        ("variants: {a: {seed: 1}}\ngrid: {seed: [2]}\n", [], "seed is in the grid and in the variants of {path}"),
+        (
+            "variants: [a]\n",
+            [],
+            "variants in {path} contains no names: expected lines of the form name: {{key: value, ...}}",
+        ),
+        ("variants: {a: 1}\n", [], "variants: a in {path} contains no keys: expected lines of the form key: value"),
+        ("variants: {a: {seed: [1]}}\n", [], "variants: a: seed in {path} is not a value: expected seed: value"),
+        ("variants: {a: {optim.lr: -1}}\n", [], "optim.lr=-1.0 is out of range"),
+        ("variants: {a/b: {}, a-b: {}}\n", [], "lists a-b twice"),
+        ("variants: {}\n", [], "is not a sweep file (no grid)"),
         ("grid: {seed: [1]}\n", ["configs/demo.yaml"], "cannot read the argument 'configs/demo.yaml'"),
     ],
 )
