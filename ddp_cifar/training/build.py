@@ -150,7 +150,7 @@ def build_trainer(
         EvalLoader(split, normalization, channels_last, device) if split else None
         for split in (dataset.val, dataset.test)
     )
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, precision)
     if len(optimizer.param_groups) > 1:
         log.info(f"parameter groups: {describe_groups(optimizer.param_groups)}")
     step = TrainStep(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddp_cifar.config import OptimConfig
+from ddp_cifar.training.optim import Kernels
 from ddp_cifar.training.parameters import parameter_groups
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -31,13 +32,13 @@ class Muon(Optimizer):
         weight_decay: float,
         momentum: float,
         newton_schulz_steps: int = 5,
-        bf16: bool | None = None,
+        bf16: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
         """`momentum`, `newton_schulz_steps` and `bf16` are Muon's; `betas` and `eps` are AdamW's.
 
-        `bf16`: whether the iteration runs in bf16. Default: on a GPU, as published. All ranks must do the same.
+        `bf16`: whether the iteration runs in bf16, as published. All ranks must do the same.
         """
         common = {"lr": lr, "weight_decay": weight_decay, "muon": False}
         options = {"momentum": momentum, "newton_schulz_steps": newton_schulz_steps, "bf16": bf16}
@@ -59,8 +60,8 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         average = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         matrix = gradient.lerp(average, group["momentum"]).flatten(1)  # Nesterov momentum
-        bf16 = group.get("bf16")  # older checkpoints lack it
-        bf16 = parameter.is_cuda if bf16 is None else bf16
+        bf16 = group.get("bf16")
+        bf16 = parameter.is_cuda if bf16 is None else bf16  # a group of an older checkpoint
         update = orthogonalize(matrix, group["newton_schulz_steps"], bf16=bf16).view(parameter.shape)
         parameter.add_(update, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
 
@@ -101,8 +102,11 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     return matrices[1:-1]
 
 
-def muon(model: nn.Module, config: OptimConfig, _: object) -> Optimizer:
-    """Return the optimizer over the groups of `config`, each split into the parameters of Muon and of AdamW."""
+def muon(model: nn.Module, config: OptimConfig, kernels: Kernels) -> Optimizer:
+    """Return the optimizer over the groups of `config`, each split into the parameters of Muon and of AdamW.
+
+    Muon's iteration runs in bf16 on a GPU, and in a run in bf16, unless `optim.args.bf16` says otherwise.
+    """
     hidden = {id(parameter) for parameter in hidden_matrices(model)}
     groups = [
         {**group, "params": parameters, "muon": is_hidden}
@@ -110,4 +114,6 @@ def muon(model: nn.Module, config: OptimConfig, _: object) -> Optimizer:
         for is_hidden in (True, False)
         if (parameters := [each for each in group["params"] if (id(each) in hidden) == is_hidden])
     ]
-    return Muon(groups, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **config.args)
+    bf16 = kernels.precision == "bf16" or next(model.parameters()).is_cuda
+    args = {"bf16": bf16, **config.args}
+    return Muon(groups, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **args)

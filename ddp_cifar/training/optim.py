@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,30 +15,44 @@ from ddp_cifar.errors import UserError
 from ddp_cifar.registry import call, is_user_defined, resolve
 from ddp_cifar.training.parameters import parameter_groups
 
-Implementation = dict[str, Any]
-"""torch's options foreach, fused and capturable, each True or False."""
+
+class Kernels(NamedTuple):
+    """How an optimizer computes."""
+
+    options: Mapping[str, Any]
+    """torch's options foreach, fused and capturable, each True or False."""
+    precision: str
+    """The run's: fp32, tf32, bf16 or fp16."""
 
 
-def adam(model: nn.Module, config: OptimConfig, implementation: Implementation) -> Optimizer:
+def adam(model: nn.Module, config: OptimConfig, kernels: Kernels) -> Optimizer:
     return Adam(
-        parameter_groups(model, config), lr=config.lr, weight_decay=config.weight_decay, **implementation, **config.args
+        parameter_groups(model, config),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        **kernels.options,
+        **config.args,
     )
 
 
-def adamw(model: nn.Module, config: OptimConfig, implementation: Implementation) -> Optimizer:
+def adamw(model: nn.Module, config: OptimConfig, kernels: Kernels) -> Optimizer:
     return AdamW(
-        parameter_groups(model, config), lr=config.lr, weight_decay=config.weight_decay, **implementation, **config.args
+        parameter_groups(model, config),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        **kernels.options,
+        **config.args,
     )
 
 
-def sgd(model: nn.Module, config: OptimConfig, implementation: Implementation) -> Optimizer:
+def sgd(model: nn.Module, config: OptimConfig, kernels: Kernels) -> Optimizer:
     optimizer = SGD(
         parameter_groups(model, config),
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.momentum > 0,
         weight_decay=config.weight_decay,
-        **{name: on for name, on in implementation.items() if name != "capturable"},
+        **{name: on for name, on in kernels.options.items() if name != "capturable"},
         **config.args,
     )
     if config.momentum > 0:
@@ -50,8 +64,10 @@ def sgd(model: nn.Module, config: OptimConfig, implementation: Implementation) -
     return optimizer
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp32") -> Optimizer:
     """Return the optimizer that `config` names, over all of the model's parameters, in the groups of `config`.
+
+    `precision` is the run's: Muon's matrix products use it.
 
     A user-defined optimizer is called with the parameters, `lr`, `weight_decay` and `config.args`. It chooses its own kernels.
     Raises `UserError` if the device cannot run `config.implementation`, if the optimizer does not accept its arguments, or if
@@ -66,10 +82,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
             f"optim.implementation=capturable needs a GPU, found device {device}; use optim.implementation=auto"
         )
     name = "fused" if config.implementation == "auto" else config.implementation
-    implementation = {"foreach": name == "foreach", "fused": name == "fused", "capturable": name == "capturable"}
+    options = {"foreach": name == "foreach", "fused": name == "fused", "capturable": name == "capturable"}
     try:
         with without_dynamo():
-            optimizer: Optimizer = function(model, config, implementation)
+            optimizer: Optimizer = function(model, config, Kernels(options, precision))
     except UserError:
         raise
     except (TypeError, ValueError) as error:

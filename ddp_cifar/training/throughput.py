@@ -82,7 +82,7 @@ def computation(step: TrainStep, num_classes: int, steps: int) -> Callable[[], N
     model = copy.deepcopy(step.model)
     if train.compile != "off":
         model.compile(mode=train.compile, dynamic=False)
-    optimizer = build_optimizer(model, step.config.optim)
+    optimizer = build_optimizer(model, step.config.optim, step.precision)
     sizes = plan.sizes(plan.global_batch_size)
     own = [sizes[m] for m in plan.shares(plan.global_batch_size)[step.world.rank]]
     images = torch.randn(max(own), *step.image_shape, device=step.world.device)

@@ -42,7 +42,7 @@ def try_training(
         labels = torch.arange(NUM_IMAGES, device=device) % num_classes
         if (function := build_function(config.augment)) is not None:
             function(torch.randint(256, images.shape, dtype=torch.uint8).to(device))
-        optimizer = build_optimizer(model, config.optim)
+        optimizer = build_optimizer(model, config.optim, precision)
         start_training(optimizer)
         buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in model.named_buffers()}
         with user_code(f"model.name={config.model.name} cannot train"), autocast(precision, device):

@@ -117,6 +117,21 @@ def test_groups_are_split_into_muon_and_adamw() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("precision", "argument", "expected"),
+    [
+        ("fp32", "", False),
+        ("bf16", "", True),
+        ("bf16", "optim.args.bf16=false", False),
+        ("fp32", "optim.args.bf16=true", True),
+    ],
+)
+def test_the_iteration_runs_in_the_precision_of_the_run(precision: str, argument: str, expected: bool) -> None:
+    config = config_of("optim.name=muon", *filter(None, [argument])).optim
+    groups = build_optimizer(build_model(config_of().model, 10, (3, 32, 32)), config, precision).param_groups
+    assert [group["bf16"] for group in groups] == [expected, expected]
+
+
 def test_unknown_arguments_give_one_line() -> None:
     with pytest.raises(UserError, match=r"optim.name=muon does not accept optim.args={'beta': 1} \(.*'beta'.*\)$"):
         build_optimizer(
