@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="more settings for ddp_cifar")
     options = parser.parse_args()
     found: dict[str, dict[str, Figures]] = {}
+    images = max(options.ranks) * options.batch * options.steps[1]  # the same data for all, as it takes memory too
     print(
         f"{options.batch} images and one thread per rank, torch {torch.__version__}, {os.cpu_count()} cores, "
         f"{options.rounds} rounds, steps {options.steps[0]} to {options.steps[1]}\n"
@@ -64,7 +65,8 @@ def main() -> None:
         for number in range(options.rounds):
             for name in list(rounds)[:: -1 if number % 2 else 1]:
                 with tempfile.TemporaryDirectory() as folder:
-                    command = command_of(name, Path(folder), ranks, options.batch, options.steps, options.set)
+                    settings = [f"data.shapes.train_images={images}", *options.set]
+                    command = command_of(name, Path(folder), ranks, options.batch, options.steps, settings)
                     rounds[name].append(run(command, Path(folder), ranks))
         medians = {
             name: {key: statistics.median(each[key] for each in some) for key in ROWS} for name, some in rounds.items()
@@ -93,7 +95,7 @@ def command_of(
         f"train.micro_batch_size={batch}",
         f"train.max_steps={steps[1]}",
     ]
-    data = ["data.name=shapes", f"data.shapes.train_images={ranks * batch * steps[1]}", "data.shapes.test_images=100"]
+    data = ["data.name=shapes", "data.shapes.test_images=100"]
     own = [*data, *sizes, "device=cpu", "train.epochs=1", "precision=bf16", *settings, f"run_dir={folder}/run"]
     return [*torchrun(ranks), "benchmarks/metered_train.py", *meter, *own]
 
