@@ -112,6 +112,7 @@ def test_the_plot_of_time_to_accuracy_comes_from_its_rows(shell: Shell, tmp_path
     done = shell(sys.executable, "docs/article/time_to_accuracy.py", str(tmp_path / "curves.png"))
     assert done.status == 0, done.err
     assert "| original script | 1 | 35 | 50 | 85.09 % | |" in done.out
+    assert "| cifar10.yaml | 3 | 20 | 30 | 87.01 ± 0.34 % |" in done.out
     assert "| speed.yaml | 3 | 5 | 6 | 85.77 ± 0.18 % |" in done.out
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
