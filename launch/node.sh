@@ -98,15 +98,14 @@ forward_signal() {
   fi
 }
 
-# note_death: set `died` if a rank of this node has died so far. Called before the first signal is forwarded, as ranks that die after
-# a signal, such as Slurm's when another node has failed, are not this node's fault.
+# note_death: the first time, set `died` to yes or no: whether a rank of this node has died so far. Called before a signal is
+# forwarded, as ranks that die after one, such as Slurm's when another node has failed, are not this node's fault.
 # shellcheck disable=SC2329 # called by forward_signal
 note_death() {
-  [ -n "${NODE_NAME:-}" ] && [ -z "$noted" ] || return 0
-  noted=1
-  ! died_without_error "$log_dir" || died=1
+  [ -n "${NODE_NAME:-}" ] && [ -z "$died" ] || return 0
+  died_without_error "$log_dir" && died=yes || died=no
 }
-noted='' died=''
+died=''
 
 # ranks_were_started: true if torchrun has created log folders for ranks, which are then starting, running or finished.
 # shellcheck disable=SC2329 # called by forward_signal
@@ -156,8 +155,8 @@ wait_for "$agent" && status=0 || status=$?
 if [ -z "${LOG_DIR:-}" ]; then
   rm -rf "$log_dir"
 elif [ -n "${NODE_NAME:-}" ]; then
-  note_death
-  [ "$status" = 0 ] || [ -z "$died" ] || : >"$LOG_DIR/died-$NODE_NAME"
+  [ "$status" = 0 ] || note_death
+  [ "$status" = 0 ] || [ "$died" = no ] || : >"$LOG_DIR/died-$NODE_NAME"
   : >"$LOG_DIR/exited-$NODE_NAME"
 fi
 exit "$status"
