@@ -105,17 +105,17 @@ def expand(path: Path, overrides: Sequence[str]) -> list[SweptRun]:
     shared += [argument for argument in overrides if not argument.startswith("run_dir=")]
     names = short_names(grid)
     runs: dict[str, SweptRun] = {}
-    for (variant, settings), combination in itertools.product(
-        variants.items() or [("", {})], list(itertools.product(*grid.values()))
-    ):
-        values = [f"{names[key]}={value.text}" for key, value in zip(grid, combination, strict=True)]
-        name = re.sub(NOT_IN_NAMES, "-", ",".join([variant, *values] if variant else values))
-        run_dir = f"{folder or f'runs/sweeps/{path.stem}'}/{name}"
-        own = [value.argument for value in (*itertools.chain(*settings.values()), *combination)]
-        arguments = [*shared, *own, f"run_dir={run_dir}"]
-        if name in runs:
-            raise UserError(f"{path} lists {name} twice: expected each value once")
-        runs[name] = SweptRun(name, arguments, _state(run_dir, load_config(arguments)))
+    for variant, settings in (variants or {"": {}}).items():
+        lists = settings | grid
+        for combination in itertools.product(*lists.values()):
+            values = dict(zip(lists, combination, strict=True))
+            named = [variant] * bool(variant) + [f"{names[key]}={values[key].text}" for key in grid]
+            name = re.sub(NOT_IN_NAMES, "-", ",".join(named))
+            run_dir = f"{folder or f'runs/sweeps/{path.stem}'}/{name}"
+            arguments = [*shared, *(value.argument for value in combination), f"run_dir={run_dir}"]
+            if name in runs:
+                raise UserError(f"{path} lists {name} twice: expected each value once")
+            runs[name] = SweptRun(name, arguments, _state(run_dir, load_config(arguments)))
     return list(runs.values())
 
 
@@ -148,9 +148,10 @@ def _settings(
         if isinstance(child, yaml.MappingNode):
             new = _settings(child, path, part, f"{key}.", lists=lists)
         else:
-            nodes = [] if isinstance(child, yaml.SequenceNode) != lists else child.value if lists else [child]
+            is_list = isinstance(child, yaml.SequenceNode)
+            nodes = child.value if is_list else [child]
             values = [Value(each.value, as_argument(key, each)) for each in nodes if isinstance(each, yaml.ScalarNode)]
-            if not values or len(values) != len(nodes):
+            if is_list != lists or not values or len(values) != len(nodes):
                 raise UserError(f"{part}: {key} in {path} is not a {kind}: expected {key}: {form}")
             new = {key: values}
         if twice := found.keys() & new.keys():

@@ -505,8 +505,7 @@ class TrackingConfig:
     projector: bool = setting(False, role="non_result")
     """At the end of the run, write embeddings of 1,000 test images for TensorBoard's projector."""
     hparams: list[str] = setting([], role="non_result")
-    """[KEY, ...]: config keys that TensorBoard's HPARAMS tab shows first. A sweep sets it to the keys that it
-    varies."""
+    """[KEY, ...]: config keys that TensorBoard's HPARAMS tab shows first. A sweep sets it to the keys that it varies."""
 
     def check_secrets(self) -> None:
         """Raise `UserError` if an argument looks like a secret. Not for the config of a checkpoint, which was written earlier."""
