@@ -7,6 +7,7 @@ after its variant and values. launch/sweep.sh runs them on this machine, slurm/s
 """
 
 import itertools
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -111,7 +112,7 @@ def expand(path: Path, overrides: Sequence[str]) -> list[SweptRun]:
             values = dict(zip(lists, combination, strict=True))
             named = [variant] * bool(variant) + [f"{names[key]}={values[key].text}" for key in grid]
             name = re.sub(NOT_IN_NAMES, "-", ",".join(named))
-            run_dir = f"{folder or f'runs/sweeps/{path.stem}'}/{name}"
+            run_dir = os.path.expanduser(f"{folder or f'runs/sweeps/{path.stem}'}/{name}")
             arguments = [*shared, *(value.argument for value in combination), f"run_dir={run_dir}"]
             if name in runs:
                 raise UserError(f"{path} lists {name} twice: expected each value once")

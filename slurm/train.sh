@@ -75,6 +75,7 @@ for argument in "${arguments[@]}"; do
     resume=never) [ "$requeues" = 0 ] || arguments+=(resume=auto) ;; # it applies only to the first start
   esac
 done
+[[ $run_dir != "~"/* ]] || run_dir=$HOME${run_dir#"~"} # as the config does
 [[ $run_dir != -* ]] || run_dir=./$run_dir # otherwise programs would read it as an option
 arguments+=("run_dir=$run_dir")
 # shellcheck disable=SC2016 # an OmegaConf interpolation, not a shell variable

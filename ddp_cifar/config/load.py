@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ddp_cifar.config.schema import Config, fields, find_setting, flatten, get
+from ddp_cifar.config.schema import Config, fields, find_setting, flatten, get, keys_with_role
 from ddp_cifar.config.text import by_looks, entries, help_text, parse_yaml, to_yaml, type_name
 from ddp_cifar.errors import UserError, did_you_mean, first_line
 from ddp_cifar.log import show
@@ -140,7 +140,7 @@ def _set(merged: Any, key: str, value: object, source: str) -> Any:
     _check_key(key, value, source)
     if value == "???":  # OmegaConf's marker for a missing value
         raise UserError(f"{source}{key}=??? has no value: set one, or remove the key")
-    nested: object = value
+    nested: object = os.path.expanduser(value) if isinstance(value, str) and key in keys_with_role("path") else value
     for part in reversed(key.split(".")):
         nested = {part: nested}
     try:

@@ -21,12 +21,13 @@ from ddp_cifar.errors import UserError
 
 T = TypeVar("T")
 
-Role = Literal["identity", "non_result", "machine"]
+Role = Literal["identity", "non_result", "machine", "path"]
 """A key may have several roles. A key without a role changes what a run computes, but a resume may change it.
 
 identity: defines the run; a resume must not change it.
 non_result: does not change what a run computes.
 machine: describes the machine. A trained network uses this machine's value, not the checkpoint's.
+path: may name a file or a folder. ~ at its start is the home folder, which the shell does not expand in data.root=~/images.
 """
 
 
@@ -158,7 +159,7 @@ class DataConfig:
     (docs/extending.md)."""
     args: dict[str, Any] = setting({}, role="identity")
     """Keyword arguments of a user-defined function: data.args.KEY=VALUE."""
-    root: str = setting("data", expected="a folder's name", role="non_result")
+    root: str = setting("data", expected="a folder's name", role=("non_result", "path"))
     """Folder with the images. cifar10 is downloaded into it. Every node must be able to read it."""
     image_size: Any = setting(
         32, expected=f"8 to {MAX_IMAGE_SIZE} pixels, or [HEIGHT, WIDTH]", accepts=_is_image_size, role="identity"
@@ -186,7 +187,7 @@ class DataConfig:
     oversample: bool = setting(False, role="identity")
     """Draw all classes equally often. An epoch has as many images as without: images of rare classes are repeated, and some
     images of frequent classes are skipped, others in each epoch."""
-    cache: str = setting("auto", expected="auto or a folder's name", role="non_result")
+    cache: str = setting("auto", expected="auto or a folder's name", role=("non_result", "path"))
     """Folder where imagefolder stores the decoded images, which all ranks of a node share in memory. auto: .cache in
     data.root."""
     on_corrupt: Literal["refuse", "skip"] = "refuse"
@@ -247,7 +248,7 @@ class ModelConfig:
     package.module:function for a function that returns a torch.nn.Module (docs/extending.md)."""
     args: dict[str, Any] = setting({}, role="identity")
     """Keyword arguments of the network: model.args.KEY=VALUE."""
-    init: str = setting("random", expected="random or a path")
+    init: str = setting("random", expected="random or a path", role="path")
     """Initial weights: random, or the path of a checkpoint, a run_dir (its newest checkpoint) or a saved state dict. If the
     number of classes differs, the last layer is initialized randomly."""
     freeze: list[str] = setting([], role="identity")
@@ -518,10 +519,10 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class Config:
-    run_dir: str = setting("runs/cifar10", expected="a folder's name", role="non_result")
+    run_dir: str = setting("runs/cifar10", expected="a folder's name", role=("non_result", "path"))
     """Folder for everything that a run writes. With a config file NAME.yaml, the default is runs/NAME. Every node must be able
     to write to it."""
-    resume: str = setting("auto", expected="auto, never or a path", role="non_result")
+    resume: str = setting("auto", expected="auto, never or a path", role=("non_result", "path"))
     """auto: resume from the newest checkpoint in run_dir, or start from scratch if it has none. never: reject a run_dir that
     has a checkpoint. PATH: start from that checkpoint, or from the newest one of that
     run_dir; once this run's run_dir has a checkpoint, same as auto."""

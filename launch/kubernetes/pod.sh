@@ -33,6 +33,7 @@ run_dir=''
 for argument in "$@"; do
   case $argument in run_dir=*) run_dir=${argument#run_dir=} ;; esac
 done
+[[ $run_dir != "~"/* ]] || run_dir=$HOME${run_dir#"~"} # as the config does
 [ -n "$run_dir" ] || user_error "set run_dir=DIR, a folder on a volume that all pods share: the default is lost with its pod"
 for name in JOB_COMPLETION_INDEX NNODES SERVICE HEAD LOCAL_ADDR; do
   [ -n "${!name:-}" ] || user_error "$name is not set: this script runs in the pods of launch/kubernetes/job.yaml"

@@ -85,7 +85,7 @@ def test_defaults_are_overridden_by_the_file_and_the_file_by_arguments(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "text", ["10:15", "010", "on", "1e3", "null", "with space", "a=b", "~/x", "007.5", "5e4-images/run"]
+    "text", ["10:15", "010", "on", "1e3", "null", "with space", "a=b", "x/~", "007.5", "5e4-images/run"]
 )
 def test_strings_are_kept_as_typed(text: str, tmp_path: Path) -> None:
     assert config_of(f"run_dir={text}").run_dir == text
@@ -265,10 +265,24 @@ tracking.graph tracking.projector tracking.hparams
 
 
 @pytest.mark.parametrize(
-    ("role", "keys"), [("identity", IDENTITY), ("non_result", NON_RESULT), ("machine", "device backend train.threads")]
+    ("role", "keys"),
+    [
+        ("identity", IDENTITY),
+        ("non_result", NON_RESULT),
+        ("machine", "device backend train.threads"),
+        ("path", "run_dir resume data.root data.cache model.init"),
+    ],
 )
 def test_each_role_has_exactly_these_keys(role: Role, keys: str) -> None:
     assert keys_with_role(role) == set(keys.split())
+
+
+def test_a_tilde_at_the_start_of_a_path_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    (recipe := tmp_path / "recipe.yaml").write_text("run_dir: ~/runs/a\nmodel: {init: ~/weights.pt}\n")
+    config = load_config([str(recipe), "data.root=~/images", "data.cache=/scratch/~", "tracking.group=~/a"])
+    assert (config.run_dir, config.model.init) == ("/home/ann/runs/a", "/home/ann/weights.pt")
+    assert (config.data.root, config.data.cache, config.tracking.group) == ("/home/ann/images", "/scratch/~", "~/a")
 
 
 RANGES = [
