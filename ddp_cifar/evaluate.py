@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     uses = ["model.name", "data.name", "train.loss"]
     with open_trained(options.checkpoint, options.overrides, uses, trust=options.trust) as trained:
         world, loaded, config, _ = trained
-        dataset = trained.build_dataset()
+        dataset = trained.build_dataset(options.split)
         check_classes(loaded, dataset.classes, config.data.name)
         split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
         if split is None:

@@ -5,7 +5,7 @@ and a line in registry.py.
 """
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ddp_cifar.config import DataConfig
@@ -18,16 +18,18 @@ from ddp_cifar.registry import call, resolve
 __all__ = ["DataSet", "Source", "Split", "build_dataset", "dataset_metadata", "files_of"]
 
 
-def build_dataset(config: DataConfig, world: World, *, read_only: bool = False) -> DataSet:
+def build_dataset(config: DataConfig, world: World, *, read_only: bool = False, test_of: Sequence[str] = ()) -> DataSet:
     """Read or generate the data set on every rank, and hold out data.val_images training images.
 
-    With `read_only`, nothing is downloaded to data.root or decoded to data.cache. Raises `UserError` if it cannot be read, or
+    With `read_only`, nothing is downloaded to data.root or decoded to data.cache. With `test_of`, the classes of a trained
+    network, a folder of images needs no training images, and `train` may be empty. Raises `UserError` if it cannot be read, or
     if ranks have read different data.
     """
     try:
         source = _open_source(config)
-        source.read_only = read_only
-        dataset = source.read(world).hold_out(config.val_images)
+        source.read_only, source.test_of = read_only, test_of
+        dataset = source.read(world)
+        dataset = dataset.hold_out(config.val_images) if len(dataset.train) else dataset
     except OSError as error:
         raise UserError(f"cannot read data.root={config.root} ({error.strerror}: {error.filename})") from error
     description = dataset.describe()

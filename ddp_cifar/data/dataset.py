@@ -186,6 +186,14 @@ class DataSet:
             )
         shuffled = torch.randperm(len(self.train), generator=generator("val"))
         val, train = shuffled[:val_images].sort().values, shuffled[val_images:].sort().values
+        if self.train.labels.device.type != "meta":
+            gone = set(self.train.labels[val].tolist()) - set(self.train.labels[train].tolist())
+            if gone:
+                names = ", ".join(self.classes[label] for label in sorted(gone)[:10])
+                raise UserError(
+                    f"data.val_images={val_images} holds out all training images of {names}: use fewer, or a "
+                    f"data set with its own val split"
+                )
         return dataclasses.replace(self, train=self.train.take(train), val=self.train.take(val))
 
     def to(self, device: torch.device) -> "DataSet":

@@ -10,7 +10,7 @@ import hashlib
 import os
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ddp_cifar.command import counted
 from ddp_cifar.config import DataConfig, ImageShape
 from ddp_cifar.data.cache import make_once
 from ddp_cifar.data.dataset import DataSet, Moments, Split
@@ -56,7 +57,9 @@ class Tree:
 class ImageFolder(Source):
     """The images under data.root. The names of the folders are the classes.
 
-    All methods raise `UserError` for a missing folder, and for a class in test that is not in train.
+    If `test_of` is set, and ROOT/train does not exist or has other classes, only ROOT/test is read.
+
+    All methods raise `UserError` for a missing folder, and for a class in test that is not in train, or not in `test_of`.
     """
 
     def read(self, world: World) -> DataSet:
@@ -71,8 +74,8 @@ class ImageFolder(Source):
             skipped = [str(line) for line in index["skipped"]]
             classes = tuple(str(name) for name in index["classes"])
             splits = {name: _open_split(folder, name, index[name], self.config.image_shape) for name in index["splits"]}
-            train = splits["train"]
-            num_pixels = train.images.numel() // train.image_shape[0]
+            dataset = _dataset(splits, classes)
+            num_pixels = dataset.train.images.numel() // dataset.train.image_shape[0]
             moments = Moments(num_pixels, tuple(index["sums"].tolist()), tuple(index["squares"].tolist()))
             checksum = int(index["checksum"])
         except (PermissionError, FileNotFoundError) as error:
@@ -84,7 +87,7 @@ class ImageFolder(Source):
             raise UserError(f"the decoded images in {folder} are damaged ({error}): remove that folder") from error
         if skipped and world.is_main:
             log.warning(f"skipping {len(skipped)} files (data.on_corrupt=skip): {'; '.join(skipped[:3])}")
-        return DataSet(train, splits.get("test"), classes, checksum=checksum, moments=moments)
+        return dataclasses.replace(dataset, checksum=checksum, moments=moments)
 
     def metadata(self, world: World) -> DataSet:
         """Return the shapes, from the names of the files. Logs the number of files if they are not decoded yet."""
@@ -95,7 +98,7 @@ class ImageFolder(Source):
                 f"the run will first decode {sum(sizes.values())} files; to decode them now, run python -m ddp_cifar.prepare"
             )
         splits = {name: Split.metadata_only(size, self.config.image_shape) for name, size in sizes.items()}
-        return DataSet(splits["train"], splits.get("test"), tree.classes)
+        return _dataset(splits, tree.classes)
 
     def files(self) -> list[Path]:
         tree, _ = self._look()
@@ -105,7 +108,7 @@ class ImageFolder(Source):
         """Return the files and their cache folder, which may not exist yet."""
         config, (channels, height, width) = self.config, self.config.image_shape
         root = Path(config.root)
-        tree = _scan(root, needs_test=config.val_images == 0)
+        tree = _scan_test(root, self.test_of) or _scan(root, needs_test=config.val_images == 0)
         cache = root / ".cache" if config.cache == "auto" else Path(config.cache)
         return tree, cache / f"imagefolder-{height}x{width}x{channels}-{_fingerprint(tree, config)}"
 
@@ -122,6 +125,12 @@ class ImageFolder(Source):
                 f"with enough space"
             ) from error
         return folder
+
+
+def _dataset(splits: Mapping[str, Split], classes: tuple[str, ...]) -> DataSet:
+    """Return the data set of these splits. Without `train`, that is an empty part of `test`."""
+    train = splits["train"] if "train" in splits else splits["test"].take(torch.arange(0))
+    return DataSet(train, splits.get("test"), classes)
 
 
 def _open_split(folder: Path, name: str, labels: "np.typing.NDArray[np.int64]", image_shape: ImageShape) -> Split:
@@ -144,6 +153,16 @@ def _open_split(folder: Path, name: str, labels: "np.typing.NDArray[np.int64]", 
 # -- the files
 
 
+def _scan_test(root: Path, classes: Sequence[str]) -> Tree | None:
+    """Return ROOT/test for a network of these classes; None without classes, or if ROOT/train has the same."""
+    train = root / "train"
+    if not classes or (train.is_dir() and [folder.name for folder in _class_folders(train, "")] == [*classes]):
+        return None
+    folders = _class_folders(root / "test", "")
+    _check_known(folders, classes, "is not a class that the network was trained on")
+    return Tree(tuple(classes), {"test": _files("test", folders, classes)})
+
+
 def _scan(root: Path, needs_test: bool) -> Tree:
     splits = {"train": _class_folders(root / "train", "")}
     if needs_test or (root / "test").is_dir():
@@ -154,16 +173,21 @@ def _scan(root: Path, needs_test: bool) -> Tree:
         raise UserError(
             f"{root / 'train'} has only one class folder, {classes[0]}: expected train/CLASS/* with two or more classes"
         )
-    for folder in splits.get("test", []):
-        if folder.name not in classes:
-            raise UserError(f"{folder} is a class without training images: expected only {', '.join(classes)}")
+    _check_known(splits.get("test", []), classes, "is a class without training images")
     return Tree(classes, {name: _files(name, folders, classes) for name, folders in splits.items()})
+
+
+def _check_known(folders: Sequence[Path], classes: Sequence[str], problem: str) -> None:
+    for folder in folders:
+        if folder.name not in classes:
+            raise UserError(f"{folder} {problem}: expected only {', '.join(classes)}")
 
 
 def _class_folders(folder: Path, alternative: str) -> list[Path]:
     if not folder.is_dir():
+        start = "" if folder.is_absolute() else f" in the current folder, {Path.cwd()}"
         raise UserError(
-            f"the folder {folder} does not exist: expected train/CLASS/* and test/CLASS/* in data.root{alternative}"
+            f"the folder {folder} does not exist{start}: expected train/CLASS/* and test/CLASS/* in data.root{alternative}"
         )
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     for path in paths:
@@ -241,12 +265,12 @@ def _decode_tree(tree: Tree, config: DataConfig, folder: Path) -> None:
             if config.on_corrupt == "skip":
                 _check_decoded(name, labels, tree.classes)
     if problems and config.on_corrupt == "refuse":
-        more = f" (and {len(problems) - 1} more files, see the warnings above)" if len(problems) > 1 else ""
+        more = f" (and {counted(len(problems) - 1, 'more file')}, see the warnings above)" if len(problems) > 1 else ""
         for problem in problems[1:SHOWN]:
             log.warning(problem)
         raise UserError(f"{problems[0]}{more}: fix or remove them, or skip them with data.on_corrupt=skip")
     splits = {name: _open_split(folder, name, index[name], config.image_shape) for name in tree.splits}
-    dataset = DataSet(splits["train"], splits.get("test"), tree.classes)
+    dataset = _dataset(splits, tree.classes)
     moments = dataset.pixel_moments
     index |= {"checksum": dataset.image_checksum, "sums": moments.sums, "squares": moments.squares}
     np.savez(folder / "index.npz", skipped=np.array(problems, dtype=np.str_), **index)

@@ -1,5 +1,6 @@
 """`Source`, the base class of the built-in data sets."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ class Source:
 
     read_only = False
     """Whether files in data.root and data.cache may only be read."""
+
+    test_of: Sequence[str] = ()
+    """The classes of the trained network that only needs test images. A data set may then read no others."""
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config

@@ -63,9 +63,10 @@ class Trained(NamedTuple):
     read_only: bool
     """Whether data.root and data.cache are the checkpoint's choice, so that nothing may be written there."""
 
-    def build_dataset(self) -> DataSet:
-        """Read the data set. Raises `UserError` if it cannot be read, or differs between ranks."""
-        return build_dataset(self.config.data, self.world, read_only=self.read_only)
+    def build_dataset(self, split: str = "") -> DataSet:
+        """Read the data set, at least `split`. Raises `UserError` if it cannot be read, or differs between ranks."""
+        test_of = classes_and_image_shape(self.loaded)[0] if split == "test" and "classes" in self.loaded.state else []
+        return build_dataset(self.config.data, self.world, read_only=self.read_only, test_of=test_of)
 
 
 def _check_names(path: Path, config: Config, asked: Config, uses: Sequence[str]) -> None:

@@ -1,5 +1,7 @@
 """Splits, and the check for equal data on every rank. User errors in the data are in test_mistakes.py."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import random_dataset
@@ -20,6 +22,15 @@ def test_held_out_images_are_removed_from_training_and_do_not_depend_on_the_seed
     again = random_dataset(100, val=30).val
     assert again is not None
     assert torch.equal(dataset.val.sample_ids, again.sample_ids)
+
+
+def test_a_class_cannot_lose_all_its_training_images() -> None:
+    dataset = random_dataset(40)
+    rare = dataclasses.replace(dataset.train, labels=(torch.arange(40) == 7).long())
+    dataset = dataclasses.replace(dataset, train=rare)
+    message = f"data.val_images=39 holds out all training images of {dataset.classes[1]}: use fewer"
+    with pytest.raises(UserError, match=message):
+        dataset.hold_out(39)
 
 
 def test_splits_share_one_tensor_of_images_on_a_device() -> None:

@@ -109,6 +109,22 @@ def test_held_out_images_can_replace_a_test_folder(alone: World, tmp_path: Path)
     assert (len(dataset.train), len(dataset.val)) == (9, 3)
 
 
+def test_a_trained_network_needs_only_a_test_folder(alone: World, tmp_path: Path) -> None:
+    root = write_tree(tmp_path)
+    both = build_dataset(config_for(root), alone)
+    assert len(build_dataset(config_for(root), alone, test_of=both.classes).train) == 12
+    (root / "train").rename(root / "elsewhere")
+    test = build_dataset(config_for(root, val_images=3), alone, test_of=both.classes)
+    assert (len(test.train), test.val, test.classes) == (0, None, both.classes)
+    assert both.test is not None
+    assert test.test is not None
+    assert torch.equal(test.test.images, both.test.images)
+    assert torch.equal(test.test.labels, both.test.labels)
+    for classes in (both.classes[:1], ("x", *both.classes[1:])):
+        with pytest.raises(UserError, match="is not a class that the network was trained on: expected only "):
+            build_dataset(config_for(root), alone, test_of=classes)
+
+
 def test_corrupt_files_are_skipped_if_on_corrupt_is_skip(
     alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
