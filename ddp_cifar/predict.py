@@ -57,12 +57,17 @@ def main(argv: Sequence[str]) -> int:
     arguments = [f"device={options.device}"]
     with open_trained(options.checkpoint, arguments, ["model.name"], trust=options.trust) as trained:
         world, loaded, config, _ = trained
-        files = world.on_main(lambda: find_images(options.paths))
         classes, image_shape = classes_and_image_shape(loaded)
+        if image_shape[0] not in (1, 3):
+            raise UserError(
+                f"{loaded.path} was trained on images of {image_shape[0]} channels: image files have 1 or 3; use "
+                f"ddp_cifar.load_trained in a program"
+            )
         if options.top_k is not None and options.top_k > len(classes):
             raise UserError(
                 f"--top-k {options.top_k} is out of range: expected 1 to {len(classes)}, the number of classes"
             )
+        files = world.on_main(lambda: find_images(options.paths))
         model = trained_model(loaded, config, len(classes), image_shape, world.device)
         normalization = normalization_of(loaded.state)
         precision = pick_precision(config.precision, world)

@@ -121,6 +121,8 @@ def _place(key: str, name: str) -> str:
 def _load(key: str, name: str, place: str) -> Callable[..., Any]:
     """Import `place`, a `package.module:function`. Raises `UserError` if it cannot be imported."""
     module_name, _, attribute = place.partition(":")
+    if module_name.startswith("."):
+        raise UserError(f"{key}={name} is a relative name: expected package.module:function, without a path")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

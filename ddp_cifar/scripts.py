@@ -4,6 +4,7 @@ They need no checkout, only an active environment that has the package. FOLDER/l
 explain them.
 """
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
         for name in SCRIPTS:
             # site.sh has a checkout's own settings
             shutil.copytree(shipped(name), folder / name, ignore=shutil.ignore_patterns("site.sh"))
-    show(f"one rank per GPU: {folder}/launch/local.sh demo; a Slurm job: sbatch {folder}/slurm/train.sh")
+    local, slurm = (shlex.quote(str(folder / script)) for script in ("launch/local.sh", "slurm/train.sh"))
+    show(f"one rank per GPU: {local} demo; a Slurm job: sbatch {slurm}")
     return 0
 
 

@@ -5,6 +5,7 @@ With `--dry-run [--nodes N] [--nproc-per-node N]`, check and describe the run wi
 
 import contextlib
 import inspect
+import shlex
 import socket
 import time
 from collections.abc import Sequence
@@ -129,7 +130,8 @@ def main(argv: Sequence[str]) -> int:
         else:
             log.info(f"finished: {trainer.progress}")
         log.info(
-            f"results in {run_dir.path}: checkpoints/, metrics.jsonl, tensorboard/ (tensorboard --logdir {run_dir.path})"
+            f"results in {run_dir.path}: checkpoints/, metrics.jsonl, tensorboard/ "
+            f"(tensorboard --logdir {shlex.quote(str(run_dir.path))})"
         )
         if status and world.is_main:
             message = (

@@ -84,6 +84,7 @@ CONFIG_ERRORS = [
     (["train.patience_epochs=3"], ["train.patience_epochs=3 needs validation images", "set data.val_images"]),
     (["optim.lr=???"], ["optim.lr=???", "no value"]),
     (["device=mps"], ["device=mps", "no Apple GPU"]),
+    (["model.name=./mine:network"], ["model.name=./mine:network is a relative name", "package.module:function"]),
 ]
 
 
@@ -381,14 +382,14 @@ def test_resume_from_weights_only_or_from_another_model(train: Train, finished: 
     one_line(train(*arguments, f"resume={tmp_path / 'none.pt'}"), "none.pt does not fit", "fc_layer.6.weight")
 
 
-@pytest.mark.parametrize("key", ["model.init", "resume"])
+@pytest.mark.parametrize(("key", "is_dict"), [("model.init", False), ("resume", True)])
 def test_a_pickled_module_is_rejected_and_the_conversion_in_the_error_works(
-    train: Train, tmp_path: Path, key: str
+    train: Train, tmp_path: Path, key: str, is_dict: bool
 ) -> None:
     """The original script saves `{"net": net.module, "epoch": epoch}`. The error has a command that converts it."""
-    torch.save({"net": CNN(), "epoch": 0}, path := tmp_path / "ckpt.t7")
+    torch.save({"net": CNN(), "epoch": 0} if is_dict else CNN(), path := tmp_path / "ckpt.t7")
     line = one_line(train(*TINY, f"run_dir={tmp_path / 'run'}", f"{key}={path}"), "pickle", "convert it")
-    command = line[line.index("torch.save(") :].replace("weights.pt", str(tmp_path / "weights.pt"))
+    command = line[line.index("m = torch.load(") :].replace("weights.pt", str(tmp_path / "weights.pt"))
     exec(command, {"torch": torch})
     outcome = train(*TINY, f"run_dir={tmp_path / 'run'}", f"model.init={tmp_path / 'weights.pt'}")
     assert outcome.status == 0, outcome.err

@@ -286,6 +286,13 @@ def test_predict_rejects_an_older_checkpoint_without_class_names(trained: Path, 
     assert "has no class names" in command("predict", str(tmp_path / "old.pt"), str(tmp_path / "old.pt"))
 
 
+def test_predict_rejects_a_network_whose_images_are_not_files(trained: Path, tmp_path: Path, command: Any) -> None:
+    state = load_checkpoint(trained / "checkpoints/latest.pt")
+    save_checkpoint(tmp_path / "five.pt", state | {"image_shape": [5, 32, 32]})
+    error = command("predict", str(tmp_path / "five.pt"), str(tmp_path))
+    assert "was trained on images of 5 channels: image files have 1 or 3" in error
+
+
 @pytest.mark.parametrize("form", ["pt2", "onnx"])
 def test_an_exported_file_gives_the_logits_of_the_checkpoint(
     shell: Shell, trained: Path, files: tuple[Path, DataSet], tmp_path: Path, form: str

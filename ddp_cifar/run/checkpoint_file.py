@@ -184,8 +184,8 @@ def read_file(path: Path) -> Any:
         if "Unsupported global" in str(error):
             raise UserError(
                 f"{path} is a pickle of whole objects, such as a module, and could run code on loading; to convert it, run this "
-                f"where its class is defined: "
-                f"torch.save(torch.load({str(path)!r}, weights_only=False)['net'].state_dict(), 'weights.pt')"
+                f"where its class is defined: m = torch.load({str(path)!r}, weights_only=False); "
+                f"torch.save((m['net'] if isinstance(m, dict) else m).state_dict(), 'weights.pt')"
             ) from error
         reason = textwrap.shorten(first_line(error), 120, placeholder=" ...")
         raise UserError(

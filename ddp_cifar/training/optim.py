@@ -105,7 +105,10 @@ def _build_user_defined(function: Callable[..., Optimizer], model: nn.Module, co
                 f"optim.decay_norm_bias, or use an optimizer whose first argument has another name"
             )
         parameters = list(model.named_parameters())
-    arguments = {"lr": config.lr, "weight_decay": config.weight_decay} | config.args
+    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+    for name in settings.keys() & config.args.keys():
+        raise UserError(f"optim.args.{name} would replace optim.{name}: set optim.{name}={config.args[name]} instead")
+    arguments = settings | config.args
     try:
         optimizer = call("optim.name", config.name, function, parameters, **arguments)
     except UserError:

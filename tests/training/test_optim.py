@@ -269,9 +269,13 @@ def test_each_group_keeps_its_factor_under_the_schedule_also_after_a_resume() ->
             ["optim.name=test_optim:TensorsOnly", BIASES],
             "TensorsOnly does not accept parameter groups with {'lr': 0.5, 'weight_decay': 0.25} ('dict' object has no",
         ),
+        (
+            ["optim.name=torch.optim:SGD", "optim.args.lr=0.1"],
+            "optim.args.lr would replace optim.lr: set optim.lr=0.1 instead",
+        ),
     ],
 )
-def test_a_mistake_in_the_groups_gives_one_line(arguments: list[str], expected: str) -> None:
+def test_a_mistake_in_the_settings_gives_one_line(arguments: list[str], expected: str) -> None:
     with pytest.raises(UserError) as error:
         grouped(*arguments)
     assert expected in str(error.value)
