@@ -17,7 +17,7 @@ A rank may have no rows. Its last row may be the output tensor."""
 
 
 class BufferMean:
-    """Sets float buffers (BatchNorm's running statistics) to the mean over a step's micro-batches, weighted by images.
+    """Sets float and complex buffers, such as BatchNorm's running statistics, to the mean over a step's micro-batches by images.
 
     Every micro-batch starts from the buffers at the start of the step, on any rank. So all ranks end a step with equal
     buffers, and the number of ranks does not change them. Integer buffers (`num_batches_tracked`) grow as after one forward
@@ -44,14 +44,14 @@ class BufferMean:
         self.starts = self._clones()
         """The values of `flats` after the last complete step, from which every micro-batch of the next one starts."""
         self.names = dict(model.named_buffers(remove_duplicate=False))
-        self.floats = [flat for flat in self.flats if flat.is_floating_point()]
+        self.floats = [_as_floats(flat) for flat in self.flats if _has_mean(flat)]
         # with one micro-batch, the buffers after its forward pass are the mean already
         self.needed = num_micro_batches > 1 and bool(self.flats)
 
     def begin_step(self, num_micro_batches: int) -> None:
         """Prepare the sums of a step with so many micro-batches."""
         if self.needed:
-            self.float_starts = [start for start in self.starts if start.is_floating_point()]
+            self.float_starts = [_as_floats(start) for start in self.starts if _has_mean(start)]
             self.changes = TreeSum(num_micro_batches)
 
     def begin_micro_batch(self) -> None:
@@ -88,9 +88,13 @@ class BufferMean:
         finally:
             self._restore(before)
 
-    def undo_step(self) -> None:
-        """Restore the buffers to the end of the last complete step."""
-        self._restore(self.starts)
+    def undo_step(self, unless: Tensor | None = None) -> None:
+        """Restore the buffers to the end of the last complete step, unless `unless`, a () bool on the device, is true."""
+        if unless is not None:
+            pairs = zip(self.flats, self.starts, strict=True)
+            self._restore([torch.where(unless, flat, start) for flat, start in pairs])
+        else:
+            self._restore(self.starts)
 
     def _restore(self, values: Sequence[Tensor]) -> None:
         for flat, value in zip(self.flats, values, strict=True):
@@ -147,6 +151,15 @@ def sum_rows(world: World) -> SumAsync:
         return world.sum_async(total)
 
     return start
+
+
+def _has_mean(flat: Tensor) -> bool:
+    return flat.is_floating_point() or flat.is_complex()
+
+
+def _as_floats(flat: Tensor) -> Tensor:
+    """Return a view with the real and the imaginary part of complex numbers, since not every backend can sum these."""
+    return torch.view_as_real(flat).flatten() if flat.is_complex() else flat
 
 
 def _flatten(buffers: list[Tensor]) -> Tensor:

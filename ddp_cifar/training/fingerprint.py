@@ -34,5 +34,5 @@ def hash_of(tensor: Tensor) -> Tensor:
     if flat.element_size() < 4:
         flat = flat.float()  # exact for bf16, fp16 and small integers
     words = flat.view(torch.int32)
-    positions = torch.arange(1, 2 * len(words), 2, dtype=torch.int32, device=words.device)
+    positions = 1 + 2 * torch.arange(len(words), dtype=torch.int32, device=words.device)
     return (words * (positions * (_MULTIPLIER - 2**32))).sum(dtype=torch.int64)

@@ -8,8 +8,10 @@ from helpers import (
     random_dataset,
     take_step,
 )
+from torch import nn
 
 from ddp_cifar.distributed.world import World
+from ddp_cifar.training.buffers import BufferMean, sum_rows
 
 
 def test_buffers_count_one_batch_per_step(alone: World) -> None:
@@ -29,3 +31,19 @@ def test_the_buffers_are_the_mean_over_micro_batches_weighted_by_images(alone: W
     take_step(trainer, batch)
     expected = 0.1 * sum(means)  # momentum 0.1, from 0
     assert torch.allclose(trainer.model.conv_layer[1].running_mean, expected, atol=1e-6)
+
+
+def test_complex_and_empty_buffers_are_averaged_too(alone: World) -> None:
+    model = nn.Module()
+    model.register_buffer("mean", torch.tensor([1 + 1j, 2 - 1j]))
+    model.register_buffer("none", torch.zeros(0))
+    mean = model.get_buffer("mean")
+    buffers = BufferMean(model, 2, sum_rows(alone))
+    buffers.begin_step(2)
+    for index, change in enumerate([2 + 4j, 4 - 8j]):
+        buffers.begin_micro_batch()
+        mean.add_(change)
+        buffers.end_micro_batch(index, weight=0.5)
+    buffers.start_reducing()()
+    buffers.end_step()
+    assert mean.tolist() == [4 - 1j, 5 - 3j]

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from ddp_cifar.training.fingerprint import fingerprint
+from ddp_cifar.training.fingerprint import fingerprint, hash_of
 
 
 def test_the_fingerprint_depends_on_every_bit_and_position_but_not_on_the_memory_order() -> None:
@@ -25,3 +25,7 @@ def test_the_fingerprint_depends_on_every_bit_and_position_but_not_on_the_memory
             flat[:2] = flat[:2].flip(0)
             seen.add(fingerprint(swapped))
     assert len(seen) == 1 + 9 + 4
+
+
+def test_an_empty_tensor_has_a_fingerprint() -> None:
+    assert hash_of(torch.zeros(0)) == 0
