@@ -430,6 +430,25 @@ def test_a_blocked_disk_skips_checkpoints_and_training_continues(
     assert "step_00000002.pt was not saved (the previous one is still being written)" in caplog.text
 
 
+def test_the_last_checkpoint_waits_for_a_slow_disk(
+    alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ddp_cifar.run import checkpoint_store as module
+
+    original = module.save_checkpoint
+
+    def slow(path: Path, state: Any) -> None:
+        time.sleep(1)
+        original(path, state)
+
+    monkeypatch.setattr(module, "save_checkpoint", slow)
+    monkeypatch.setattr("ddp_cifar.training.trainer.SAVE_TIMEOUT_S", 0.01)
+    checkpoints = Checkpoints(tmp_path, keep=9)
+    trainer = make_trainer(alone, config_of(*SMALL, "checkpoint.every_steps=1"), small_data(), checkpoints=checkpoints)
+    trainer.fit()
+    assert (checkpoints.failed_saves > 0, checkpoints.paths()[0].name) == (True, f"step_{trainer.last_step:08d}.pt")
+
+
 def test_checkpoints_by_steps_minutes_and_the_file_save(alone: World, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=100)

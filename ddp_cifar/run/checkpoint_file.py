@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import textwrap
+import threading
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -104,8 +105,8 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
 
     Raises `OSError` if it cannot be written, and leaves no partial file.
     """
-    # the name is unique: several ranks may write the same checkpoint
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    # the name is unique: several ranks, and two threads of a rank, may write the same checkpoint
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_native_id()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

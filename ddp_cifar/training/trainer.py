@@ -189,7 +189,7 @@ class Trainer:
             self.fail_if_diverged(self.ranks.compare_now())  # no later exchange compares the last fingerprints
         self.dashboard.show_ranks(self.ranks.times, number, progress.step, is_last=is_last)
         if is_last or is_best or self.save_due or due(number, config.checkpoint.every_epochs):
-            self.save()
+            self.save(wait=is_last)
 
     # -- what all ranks do at the same step
 

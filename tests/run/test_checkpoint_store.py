@@ -2,6 +2,8 @@
 
 import errno
 import os
+import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,24 @@ def test_a_full_disk_is_logged_as_a_warning_and_keeps_older_checkpoints(
     assert [path.name for path in checkpoints.paths()] == ["step_00000001.pt"]
     assert (tmp_path / "step_00000001.pt").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_two_threads_can_save_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 may save the last completed step as a survivor while its earlier save of this step is not on the disk yet."""
+    both, original = threading.Barrier(2), os.fsync
+
+    def slow(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            both.wait(20)
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(state_of(), 1)
+    checkpoints.save_as_survivor(state_of(), 1, 0)
+    checkpoints.finish()
+    assert checkpoints.failed_saves == 0
+    assert checkpoints.load_latest() is not None
 
 
 def test_a_kill_during_a_write_keeps_the_older_checkpoint(tmp_path: Path) -> None:
