@@ -80,8 +80,10 @@ class TrainStep:
         )
         # a GPU runs later than its host: without the wait, an update would be queued behind a collective that fails
         self.waits_for_sums = config.checkpoint.on_failure and world.device.type == "cuda" and world.world_size > 1
-        self.step, self.lr = 0, 0.0
-        """The number of completed steps before the current one, and its learning rate."""
+        self.step = 0
+        """The number of completed steps before the current one."""
+        self.lr = 0.0
+        """The learning rate of the last update."""
         self.batch: Iterable[MicroBatch] = ()  # of the current step
         self.around_pass: Callable[[MicroBatch], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
         # with fp16, a scaled gradient may overflow
@@ -109,7 +111,7 @@ class TrainStep:
         Returns () float32, on the device: the gradient's norm before clipping. `metrics` counts losses and times. All of the
         step's exchanges between ranks are here: if one of them fails, weights and optimizer state are those of the last step.
         """
-        self.step, self.lr, self.batch = step, self.schedule.before_step(step), batch
+        self.step, self.batch = step, batch
         # DDP divides the sum over ranks by their number, but num_images is a total over ranks; the tree does not divide
         self.loss_scale = (1 if self.tree else self.world.world_size) / batch.num_images
         self.begin(self.plan.shares(batch.num_images))
@@ -121,6 +123,7 @@ class TrainStep:
                 self.forward_backward(micro_batch, batch.num_images, step, metrics, is_last=position == last)
         if not batch:
             self.join_exchange(metrics)
+        self.check_reduced()
         if self.tree:
             self.tree.end_step()
         if self.waits_for_sums:
@@ -169,6 +172,18 @@ class TrainStep:
             self.scaler.scale(0 * logits.float().sum()).backward()
             finish_sums()
 
+    def check_reduced(self) -> None:
+        """Raise `UserError` if DDP has not summed all gradients. DDP itself only finds that in the next step's forward pass."""
+        if not isinstance(self.ddp, DistributedDataParallel):
+            return
+        try:
+            self.ddp._check_reducer_finalized()
+        except RuntimeError as error:
+            raise UserError(
+                f"in step {self.step + 1}, the model did not use all parameters that need a gradient: DistributedDataParallel "
+                f"needs each in every pass; set requires_grad=False for unused ones, and multiply by 0 to skip a layer"
+            ) from error
+
     def start_reducing(self, metrics: TrainMetrics) -> Callable[[], None]:
         """Start summing buffers and counts over ranks, beside the gradients; return a function that waits for the sums."""
         set_buffers, add_counts = self.buffers.start_reducing(), metrics.counter.start_reducing(self.world)
@@ -185,6 +200,7 @@ class TrainStep:
         Returns False if `train.on_nonfinite=skip` skips the update. An update that the fp16 scaler skips counts as True. Raises
         `Failed` on every rank if the norm is not finite and the run has to stop, unless it is only found later.
         """
+        self.lr = self.schedule.before_step(self.step)
         gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
         updates = self.norm_check.allows_update(norm, self.step + 1, self.replay, gradients)
         with metrics.timer.phase("optimizer"):
@@ -209,6 +225,8 @@ class TrainStep:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.train.clip_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.is_enabled():  # an update that it skips must leave no trace in the buffers either
+            self.buffers.undo_step(unless=norm.isfinite())
         if self.ema:
             self.ema.update_parameters(self.model)
             for average, buffer in zip(self.ema.module.buffers(), self.model.buffers(), strict=True):

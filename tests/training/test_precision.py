@@ -42,6 +42,24 @@ def test_fp16_skips_an_update_that_overflows_and_continues(alone: World, name: s
     assert 0 < largest_difference(parameters, {key: before[key] for key in parameters}) < 0.5
 
 
+def test_fp16_keeps_the_buffers_of_an_update_that_it_skips(alone: World) -> None:
+    """An image that is not finite would otherwise stay in the running statistics, and in their average, for ever."""
+    config = config_of(*SETTINGS, "precision=fp16", "train.on_nonfinite=skip", "train.ema_decay=0.9")
+    trainer = make_trainer(alone, config, random_dataset(96, image_size=8))
+    trainer.model.train()
+    steps = trainer.train_loader.steps(0)
+    take_step(trainer, next(steps))
+    before = copy.deepcopy(dict(trainer.model.named_buffers()))
+    spoil = trainer.model.register_forward_pre_hook(lambda module, inputs: (inputs[0] * float("nan"),))
+    take_step(trainer, next(steps))
+    spoil.remove()
+    after = dict(trainer.model.named_buffers())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(bool(buffer.isfinite().all()) for buffer in trainer.train_step.eval_model.buffers())
+    take_step(trainer, next(steps))
+    assert not torch.equal(before["conv_layer.1.running_mean"], trainer.model.conv_layer[1].running_mean)
+
+
 def test_fp16_gradients_equal_fp32_gradients_up_to_rounding(alone: World) -> None:
     gradients = {}
     for precision in ("fp32", "fp16"):

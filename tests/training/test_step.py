@@ -17,6 +17,8 @@ from helpers import (
 from torch import nn
 
 from ddp_cifar.distributed.world import World
+from ddp_cifar.errors import UserError
+from ddp_cifar.run.checkpoint_file import digest
 
 SETTINGS = (*TEN_STEPS, "train.micro_batch_size=16")
 
@@ -69,6 +71,30 @@ def test_adamw_is_clamped_too(alone: World) -> None:
     trainer.fit()
     counts = {float(state["step"]) for state in trainer.train_step.optimizer.state.values()}
     assert counts == {4.0}, "10 updates: 1 ... 5, then 5 -> 3, 4, 5 -> 3, 4 ..."
+
+
+def test_until_the_gradients_are_complete_nothing_that_a_checkpoint_holds_changes(alone: World) -> None:
+    """Else survivors in different phases of a step would have different states."""
+    trainer = make_trainer(alone, config_of(*TEN_STEPS, "optim.warmup_epochs=0.5"), random_dataset(96))
+    trainer.model.train()
+    steps = trainer.train_loader.steps(0)
+    take_step(trainer, next(steps))
+    before = digest(trainer.train_step.optimizer.state_dict())
+    trainer.train_step.gradients(next(steps), 1, trainer.metrics)
+    assert digest(trainer.train_step.optimizer.state_dict()) == before
+
+
+def test_a_parameter_that_one_pass_does_not_use_is_found_before_the_update(alone: World) -> None:
+    trainer = make_trainer(alone, config_of(*TEN_STEPS), random_dataset(96))
+    trainer.model.train()
+    steps = trainer.train_loader.steps(0)
+    take_step(trainer, next(steps))
+    last = trainer.model.fc_layer[6]
+    trainer.model.fc_layer[6].forward = lambda inputs: F.linear(inputs, last.weight)  # without its bias
+    before = digest(dict(trainer.model.named_parameters()))
+    with pytest.raises(UserError, match="in step 2, the model did not use all parameters that need a gradient"):
+        trainer.train_step.gradients(next(steps), 1, trainer.metrics)
+    assert digest(dict(trainer.model.named_parameters())) == before
 
 
 def test_clipping_bounds_the_gradient(alone: World) -> None:
