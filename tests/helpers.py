@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ddp_cifar.registry import BUILT_IN
 from ddp_cifar.run.checkpoint_file import save_checkpoint
 from ddp_cifar.run.checkpoint_store import Checkpoints
 from ddp_cifar.tracking.base import NullTracker, Scalars
-from ddp_cifar.training.build import build_trainer
+from ddp_cifar.training.build import build_trainer, set_up_kernels
 from ddp_cifar.training.totals import Totals
 from ddp_cifar.training.trainer import Trainer
 
@@ -89,6 +90,16 @@ def make_trainer(
     checkpoints: Checkpoints | None = None,
 ) -> Trainer:
     return build_trainer(config, world, dataset, checkpoints)
+
+
+@contextlib.contextmanager
+def kernels_of(config: Config, world: World) -> Iterator[None]:
+    """In the body, the process uses the kernels of a run, and afterwards the default ones again."""
+    set_up_kernels(config.train, world)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def evaluate(trainer: Trainer) -> Totals:

@@ -1,4 +1,4 @@
-"""Run a function on n ranks, each a process in one gloo group, and return the result of every rank."""
+"""Run a function on n ranks, each a process in one group, and return the result of every rank."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -24,8 +24,12 @@ class RankPool:
         self.size = size
         self.workers: list[tuple[Any, multiprocessing.connection.Connection]] = []
 
-    def run(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-        """Run `function(world, *args)` on all ranks. Raises `AssertionError` with the traceback of a failed rank."""
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any, device: str = "cpu") -> list[Any]:
+        """Run `function(world, *args)` on all ranks, on `device`: cpu or cuda.
+
+        One rank on a GPU uses NCCL. Several use gloo: they may share a GPU, which NCCL does not support. Raises
+        `AssertionError` with the traceback of a failed rank.
+        """
         self._start(world_size)
         # the rendezvous is as under torchrun: a store of another process, on a free port
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -39,7 +43,7 @@ class RankPool:
                 "MASTER_PORT": store.port,
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
             }
-            pipe.send_bytes(pickle.dumps((environment, function, args)))
+            pipe.send_bytes(pickle.dumps((environment, device, function, args)))
         results: dict[int, Any] = {}
         deadline = time.monotonic() + TIMEOUT_S
         while len(results) < world_size:
@@ -80,14 +84,17 @@ class RankPool:
 
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
     torch.set_num_threads(1)
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic, if a test asks for it: cuBLAS reads it only once
     while True:
         try:
-            environment, function, args = pickle.loads(pipe.recv_bytes())
+            environment, device, function, args = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         os.environ.update({name: str(value) for name, value in environment.items()})
         try:
-            with open_world("cpu") as world:
+            backend = "auto" if environment["WORLD_SIZE"] == 1 else "gloo"
+            with open_world(device, backend) as world:
+                assert world.device.type == device
                 outcome = (True, function(world, *args))
         except BaseException:
             outcome = (False, traceback.format_exc())

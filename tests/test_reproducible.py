@@ -1,6 +1,5 @@
 """train.reproducible: bitwise identical on any number of ranks, and if their number changes during a run."""
 
-import dataclasses
 import random
 import signal
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Rows, config_of, make_trainer
+from helpers import Rows, config_of, kernels_of, make_trainer
 from launched import SHORT, Result, Run, free_port, send, start
 from ranks import RankPool
 
@@ -16,7 +15,6 @@ from ddp_cifar.data import build_dataset
 from ddp_cifar.data.batch_plan import micro_batch_size_for
 from ddp_cifar.distributed.world import World
 from ddp_cifar.run.checkpoint_file import digest
-from ddp_cifar.training.build import set_up_kernels
 
 CNN = (
     "data.name=shapes",
@@ -131,21 +129,16 @@ def test_resnet18_is_bitwise_identical_on_1_and_3_ranks(ranks: RankPool) -> None
     assert three == [one] * 3
 
 
-def train_cnn_on_the_gpu(world: World, *arguments: str) -> tuple[str, list[dict[str, Any]]]:
-    """Train with all ranks on one GPU. Gloo does not support it, so its tensors are exchanged through the CPU."""
-    world = dataclasses.replace(world, device=torch.device("cuda", 0))
-    set_up_kernels(config_of(*CNN, *arguments).train, world)
-    try:
+def train_cnn_with_its_kernels(world: World, *arguments: str) -> tuple[str, list[dict[str, Any]]]:
+    with kernels_of(config_of(*CNN, *arguments), world):
         return train_cnn(world, *arguments)
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_on_a_gpu_a_repeated_run_and_two_ranks_are_bitwise_identical(ranks: RankPool, precision: str) -> None:
     arguments = ("train.reproducible=true", "train.micro_batch_size=4", f"precision={precision}")
-    first, again, two = (ranks.run(train_cnn_on_the_gpu, n, *arguments) for n in (1, 1, 2))
+    first, again, two = (ranks.run(train_cnn_with_its_kernels, n, *arguments, device="cuda") for n in (1, 1, 2))
     assert first == again
     assert two == first * 2
 

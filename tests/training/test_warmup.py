@@ -33,7 +33,7 @@ def test_a_compiled_step_equals_an_eager_step_on_two_ranks(ranks: RankPool) -> N
 def _compiled_on_the_cpu(world: World, mode: str) -> list[float]:
     build.COMPILED_ON.add("cpu")
     try:
-        return _first_losses(world, "device=cpu", "train.ema_decay=0.9", f"train.compile={mode}")
+        return _first_losses(world, "train.ema_decay=0.9", f"train.compile={mode}")
     finally:
         build.COMPILED_ON.remove("cpu")
 
@@ -42,8 +42,8 @@ def _compiled_on_the_cpu(world: World, mode: str) -> list[float]:
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_on_a_gpu_a_compiled_step_equals_an_eager_step(ranks: RankPool, mode: str) -> None:
     """Equal up to rounding, with a short last batch and without dropout (torch.compile draws it in a different order)."""
-    (eager,) = ranks.run(_first_losses, 1, "device=cuda", "train.compile=off")
-    (compiled,) = ranks.run(_first_losses, 1, "device=cuda", f"train.compile={mode}")
+    (eager,) = ranks.run(_first_losses, 1, "train.compile=off", device="cuda")
+    (compiled,) = ranks.run(_first_losses, 1, f"train.compile={mode}", device="cuda")
     assert compiled == pytest.approx(eager, abs=1e-3)
 
 
