@@ -1,6 +1,7 @@
 """The mean of a model's buffers over the micro-batches of a step, in the same way as gradients."""
 
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,6 +10,10 @@ from torch import Tensor, nn
 
 from ddp_cifar.distributed.world import World
 from ddp_cifar.training.tree_sum import TreeSum
+
+ALIGNMENT = 16
+"""Each buffer starts at a multiple of this number of bytes. torch's compiler copies one that does not, and a model that
+changes a copied buffer gets no CUDA graph."""
 
 SumAsync = Callable[[Sequence[Tensor], Tensor], Callable[[], None]]
 """Start summing the rows (N,) of all ranks into a tensor (N,), and return a function that waits for the sum.
@@ -163,8 +168,10 @@ def _as_floats(flat: Tensor) -> Tensor:
 
 
 def _flatten(buffers: list[Tensor]) -> Tensor:
-    """Return one tensor with all elements; the buffers become views of it."""
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
-    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.data = part.view_as(buffer)
+    """Return one tensor with all elements, and zeros for the alignment; the buffers become views of it."""
+    unit = ALIGNMENT // buffers[0].element_size()
+    sizes = [math.ceil(buffer.numel() / unit) * unit for buffer in buffers]
+    flat = buffers[0].new_zeros(sum(sizes))
+    for buffer, part in zip(buffers, flat.split(sizes), strict=True):
+        buffer.data = part[: buffer.numel()].view_as(buffer).copy_(buffer)
     return flat

@@ -20,6 +20,20 @@ def test_buffers_count_one_batch_per_step(alone: World) -> None:
     assert int(trainer.model.state_dict()["conv_layer.1.num_batches_tracked"]) == 10
 
 
+def test_each_buffer_is_aligned_and_keeps_its_value(alone: World) -> None:
+    """Otherwise a compiled model gets no CUDA graph."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(5), nn.BatchNorm1d(2).half())
+    model[1].running_mean.fill_(7)
+    model[1].num_batches_tracked.fill_(3)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    mean = BufferMean(model, 2, sum_rows(alone))
+    for name, buffer in model.named_buffers():
+        assert buffer.data_ptr() % 16 == 0, name
+        assert torch.equal(buffer, before[name])
+        assert torch.equal(mean.at_last_step()[name], before[name])
+    assert len(mean.flats) == 3
+
+
 def test_the_buffers_are_the_mean_over_micro_batches_weighted_by_images(alone: World) -> None:
     trainer = make_trainer(alone, config_of(*TEN_STEPS, "train.micro_batch_size=8"), random_dataset(37))
     trainer.model.train()

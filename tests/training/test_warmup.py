@@ -43,8 +43,17 @@ def _compiled_on_the_cpu(world: World, mode: str) -> list[float]:
 def test_on_a_gpu_a_compiled_step_equals_an_eager_step(ranks: RankPool, mode: str) -> None:
     """Equal up to rounding, with a short last batch and without dropout (torch.compile draws it in a different order)."""
     (eager,) = ranks.run(_first_losses, 1, "train.compile=off", device="cuda")
-    (compiled,) = ranks.run(_first_losses, 1, f"train.compile={mode}", device="cuda")
+    ((compiled, skipped),) = ranks.run(_losses_and_skipped_graphs, 1, f"train.compile={mode}", device="cuda")
     assert compiled == pytest.approx(eager, abs=1e-3)
+    assert skipped == 0
+
+
+def _losses_and_skipped_graphs(world: World, *arguments: str) -> tuple[list[float], int]:
+    """Also return how many graphs of the compiler did not become CUDA graphs, although `train.compile` asks for them."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    return _first_losses(world, *arguments), counters["inductor"]["cudagraph_skips"]
 
 
 def _first_losses(world: World, *arguments: str) -> list[float]:
