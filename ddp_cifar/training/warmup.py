@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ddp_cifar.models import unchanged_buffers
 from ddp_cifar.training.step import TrainStep
 
 COMPILED_WARM_UP = 3
-"""Passes per micro-batch size: to compile, to run once, and to record the CUDA graph."""
+"""Passes per batch size: the first compiles and runs the kernels, the second records the CUDA graph, the third replays it."""
 
 
 def warm_up(step: TrainStep, train: TrainLoader, *others: EvalLoader | None) -> None:
@@ -65,10 +66,11 @@ def warm_up_compiled(step: TrainStep, train: TrainLoader) -> None:
     started = time.perf_counter()
     sizes = step.plan.micro_batch_sizes()
     table = train.augmentations(0)
-    for size in sizes:  # the largest first
-        for _ in range(COMPILED_WARM_UP):
-            train.gather(torch.arange(size), table, 0)
-            throw_away_pass(step, size)
+    with memory_advice(step, logs=None):
+        for size in sizes:  # the largest first
+            for _ in range(COMPILED_WARM_UP):
+                train.gather(torch.arange(size), table, 0)
+                throw_away_pass(step, size)
     log.info(
         f"compiled for micro-batches of {', '.join(map(str, sizes))} images in "
         f"{time.perf_counter() - started:.1f} s (not included in images/s)"
@@ -83,15 +85,16 @@ def memory_advice(step: TrainStep, logs: Path | None) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        snapshot = write_snapshot(step.world, logs)  # before `out_of_memory`, which frees memory
+    except torch.OutOfMemoryError as error:
+        snapshot = write_snapshot(step.world, logs)  # before any memory is freed
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass that failed
         raise UserError(out_of_memory(step) + snapshot) from None
 
 
 def write_snapshot(world: World, logs: Path | None) -> str:
     """Write the state of this rank's GPU memory to `logs`/rank_N.memory.pickle; return the end of a message that names the file.
 
-    Returns "" if nothing was written: without `logs`, or on the CPU. Does not raise. Not yet run on a GPU.
+    Returns "" if nothing was written: without `logs`, or on the CPU. Does not raise.
     """
     if logs is None or world.device.type != "cuda":
         return ""
@@ -124,7 +127,8 @@ def fits_in_memory(step: TrainStep, size: int) -> bool:
         torch.cuda.empty_cache()
     try:
         with step.autocast():
-            logits = step.model(step.trial_images(size))
+            # not `step.model(...)`, which would compile the model for each size
+            logits = step.model.forward(step.trial_images(size))
         # not `backward`, in which DDP would wait for the other ranks
         trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
         torch.autograd.grad(logits.float().sum(), trained)

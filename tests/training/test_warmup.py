@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +81,28 @@ def test_torch_compile_needs_a_gpu(train: Callable[..., Any], tmp_path: Path) ->
     outcome = train(*TINY, "train.compile=default", "device=cpu", f"run_dir={tmp_path}/run")
     assert outcome.status == 2
     assert "train.compile=default needs a GPU, found device cpu; use train.compile=off" in outcome.err
+
+
+def test_the_tensors_of_a_failed_pass_are_freed_before_the_search_for_a_size_that_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept: list[weakref.ref[torch.Tensor]] = []
+    monkeypatch.setattr(warmup, "out_of_memory", lambda step: f"freed: {kept[0]() is None}")
+
+    def failing_pass() -> None:
+        activations = torch.zeros(1)
+        kept.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("out of memory")
+
+    step: Any = SimpleNamespace(world=SimpleNamespace(device=torch.device("cuda"), rank=0))
+    with pytest.raises(UserError, match="freed: True"), warmup.memory_advice(step, None):
+        failing_pass()
+
+
+def test_the_search_for_a_size_that_fits_does_not_compile(alone: World) -> None:
+    trainer = make_trainer(alone, config_of(*SMALL, "model.name=tiny"), random_dataset(44))
+    trainer.model._compiled_call_impl = lambda *_: pytest.fail("the compiled model was called")
+    assert warmup.fits_in_memory(trainer.train_step, 4)
 
 
 def test_the_state_of_a_gpus_memory_is_written_before_any_is_freed(
