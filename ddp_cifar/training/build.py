@@ -175,6 +175,7 @@ def build_trainer(
         val=val,
         test=test,
         evaluating=step.evaluating,
+        compiled=config.train.compile != "off",
     )
     return Trainer(
         config,

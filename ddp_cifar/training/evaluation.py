@@ -26,11 +26,18 @@ def flip_tta(model: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
-def forward_pass(model: nn.Module, precision: str, device: torch.device, *, mirror: bool = False) -> Forward:
-    """Return the model as a function in `precision`; with `mirror`, logits are averaged over each image and its mirror image."""
+def forward_pass(
+    model: nn.Module, precision: str, device: torch.device, *, mirror: bool = False, compiled: bool = False
+) -> Forward:
+    """Return the model as a function in `precision`; with `mirror`, logits are averaged over each image and its mirror image.
+
+    `compiled`: the model is compiled, and the logits are valid until the next call.
+    """
 
     @torch.inference_mode()
     def forward(images: Tensor) -> Tensor:
+        if compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # otherwise each call would add CUDA graphs to those of the last one
         with autocast(precision, device):
             logits: Tensor = flip_tta(model, images) if mirror else model(images).float()
         return logits
@@ -86,8 +93,12 @@ class Evaluator:
         val: EvalLoader | None,
         test: EvalLoader | None,
         evaluating: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        compiled: bool = False,
     ) -> None:
-        """`evaluating()` is open while the model evaluates: a schedule-free optimizer then puts other weights into it."""
+        """`evaluating()` is open while the model evaluates: a schedule-free optimizer then puts other weights into it.
+
+        `compiled`: the model is compiled.
+        """
         self.world = world
         self.config = config
         self.model = model
@@ -96,6 +107,7 @@ class Evaluator:
         self.num_classes = num_classes
         self.train = train
         self.evaluating = evaluating
+        self.compiled = compiled
         self.held_out = {name: loader for name, loader in (("val", val), ("test", test)) if loader is not None}
         """The existing ones of `val`, which selects the best checkpoint, and `test`."""
 
@@ -109,7 +121,7 @@ class Evaluator:
     ) -> Totals:
         """Evaluate one split, as `evaluate_split` does."""
         self.model.eval()
-        forward = forward_pass(self.model, self.precision, self.world.device)
+        forward = forward_pass(self.model, self.precision, self.world.device, compiled=self.compiled)
         with self.evaluating():
             return evaluate_split(
                 forward,

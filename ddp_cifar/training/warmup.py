@@ -14,6 +14,7 @@ from ddp_cifar.distributed.world import World
 from ddp_cifar.errors import UserError, first_line
 from ddp_cifar.log import log
 from ddp_cifar.models import unchanged_buffers
+from ddp_cifar.training.evaluation import forward_pass
 from ddp_cifar.training.step import TrainStep
 
 COMPILED_WARM_UP = 3
@@ -27,7 +28,7 @@ def warm_up(step: TrainStep, train: TrainLoader, *others: EvalLoader | None) -> 
         finalize_ddp_buckets(step)
     else:
         compile_networks(step, mode, train, *others)
-        warm_up_compiled(step, train)
+        warm_up_compiled(step, train, *others)
 
 
 def finalize_ddp_buckets(step: TrainStep) -> None:
@@ -61,9 +62,13 @@ def compile_networks(step: TrainStep, mode: str, *loaders: EvalLoader | None) ->
             loader.transform = torch.compile(transform, dynamic=False)
 
 
-def warm_up_compiled(step: TrainStep, train: TrainLoader) -> None:
-    """Compile, and record CUDA graphs, for each micro-batch size of an epoch, on all ranks."""
+def warm_up_compiled(step: TrainStep, train: TrainLoader, *others: EvalLoader | None) -> None:
+    """Compile, and record CUDA graphs, for each batch size of an evaluation and of an epoch, on all ranks.
+
+    In training, the time to compile could look like a hang.
+    """
     started = time.perf_counter()
+    warm_up_evaluation(step, train, *others)
     sizes = step.plan.micro_batch_sizes()
     table = train.augmentations(0)
     with memory_advice(step, logs=None):
@@ -75,6 +80,21 @@ def warm_up_compiled(step: TrainStep, train: TrainLoader) -> None:
         f"compiled for micro-batches of {', '.join(map(str, sizes))} images in "
         f"{time.perf_counter() - started:.1f} s (not included in images/s)"
     )
+
+
+def warm_up_evaluation(step: TrainStep, train: TrainLoader, *others: EvalLoader | None) -> None:
+    """Evaluate batches of each size that an evaluation has, and discard the results."""
+    step.eval_model.eval()
+    forward = forward_pass(step.eval_model, step.precision, step.world.device, compiled=True)
+    tables: dict[EvalLoader, torch.Tensor | None] = {loader: None for loader in others if loader}
+    if step.config.eval.train_accuracy == "full":
+        tables[train] = train.augmentations(0)
+    for loader, table in tables.items():
+        full = min(step.config.eval.batch_size, len(loader))
+        for size in {full, len(loader) % full or full}:
+            for _ in range(COMPILED_WARM_UP):
+                images, _, _ = loader.gather(torch.arange(size), table, 0)
+                forward(images)
 
 
 @contextlib.contextmanager

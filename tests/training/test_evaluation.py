@@ -1,6 +1,7 @@
 """Evaluation counts each image once, on any number of ranks."""
 
 import pytest
+import torch
 from helpers import (
     config_of,
     evaluate,
@@ -9,9 +10,21 @@ from helpers import (
     random_split,
 )
 from ranks import RankPool
+from torch import nn
 
 from ddp_cifar.data.dataset import DataSet
 from ddp_cifar.distributed.world import World
+from ddp_cifar.training.evaluation import forward_pass
+
+
+def test_each_pass_of_a_compiled_model_starts_a_step_of_its_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[int] = []
+    monkeypatch.setattr("torch.compiler.cudagraph_mark_step_begin", lambda: starts.append(1))
+    device, images = torch.device("cpu"), torch.zeros(2, 3)
+    for compiled, expected in ((False, 0), (True, 2)):
+        forward = forward_pass(nn.Linear(3, 2), "fp32", device, compiled=compiled)
+        forward(images), forward(images)
+        assert len(starts) == expected
 
 
 def evaluate_1003(world: World) -> tuple[float, float, int]:

@@ -77,6 +77,18 @@ def test_only_the_micro_batch_sizes_of_an_epoch_are_compiled(batch: int, micro: 
     assert sorted({len(m.indices) for step in steps for m in step.micro_batches}, reverse=True) == sizes
 
 
+def test_each_batch_size_of_an_evaluation_is_compiled_before_training(
+    alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("eval.batch_size=20", "eval.train_accuracy=full", "model.name=tiny")
+    trainer = make_trainer(alone, config_of(*SMALL, *arguments), random_dataset(60, test=9, val=10))  # 50 to train on
+    sizes: list[int] = []
+    monkeypatch.setattr(warmup, "forward_pass", lambda *_, **__: lambda images: sizes.append(len(images)))
+    warmup.warm_up_evaluation(trainer.train_step, trainer.train_loader, *trainer.evaluator.held_out.values(), None)
+    assert sizes[::3] == sizes[1::3] == sizes[2::3]
+    assert sorted(sizes[::3]) == [9, 10, 10, 20]
+
+
 def test_torch_compile_needs_a_gpu(train: Callable[..., Any], tmp_path: Path) -> None:
     outcome = train(*TINY, "train.compile=default", "device=cpu", f"run_dir={tmp_path}/run")
     assert outcome.status == 2
