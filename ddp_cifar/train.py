@@ -67,7 +67,12 @@ def main(argv: Sequence[str]) -> int:
         contextlib.closing(run_dir),
         Requests(run_dir.path if rank == 0 else None, find_deadline(config.train, began)) as requests,
         contextlib.ExitStack() as trackers,  # closed last: no rank waits until rank 0 has sent its metrics to a service
-        open_world(config.device, config.backend, timeout=timedelta(seconds=config.comm.timeout_s)) as world,
+        open_world(
+            config.device,
+            config.backend,
+            timeout=timedelta(seconds=config.comm.timeout_s),
+            survives=config.checkpoint.on_failure,
+        ) as world,
         contextlib.ExitStack() as stack,
     ):
         world.on_main(run_dir.claim)

@@ -63,7 +63,9 @@ def share(here: RankContext) -> None:
 def open_group(here: RankContext, stack: contextlib.ExitStack) -> str:
     """Check that all ranks connect."""
     timeout = timedelta(seconds=here.options.patience)
-    here.world = stack.enter_context(open_world(here.config.device, here.config.backend, here.store, timeout))
+    # `survives`: this process reports a blocked collective itself
+    world = open_world(here.config.device, here.config.backend, here.store, timeout, survives=True)
+    here.world = stack.enter_context(world)
     return f"{here.world.backend} on {here.world.device.type}"
 
 

@@ -1,7 +1,6 @@
 """The checks of a preflight on this rank, with time limits, and rank 0's report on all ranks."""
 
 import json
-import os
 import statistics
 import threading
 import time
@@ -36,8 +35,6 @@ def watch(here: RankContext) -> None:
 
     A network, a GPU or a file system can block a thread forever.
     """
-    # torch's watchdog would terminate this process after a blocked collective, before it can report its findings
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     here.begin("host")
     failures: list[BaseException] = []
 

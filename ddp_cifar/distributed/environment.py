@@ -12,6 +12,9 @@ TASK_VARIABLES = (
 )
 """What srun, Open MPI, and MPICH or Intel MPI set: a task's number, and the number of tasks."""
 
+LOST_PEER = ("ncclRemoteError", "Watchdog caught collective operation timeout")
+"""Parts of NCCL's errors if a peer rank exited, or did not join a collective in time."""
+
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -63,8 +66,13 @@ def local_rank_and_world_size() -> tuple[int, int]:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """True for the error of a collective whose peer ranks exited: they know the cause, this rank does not."""
+    """True for the error of an exchange whose peer ranks exited or do not answer: they know the cause, this rank does not.
+
+    NCCL also raises errors that have their cause on this rank.
+    """
     distributed = sys.modules.get("torch.distributed")  # without this import there is no such error
+    if distributed and isinstance(error, distributed.DistBackendError):
+        return any(part in str(error) for part in LOST_PEER)
     if distributed and isinstance(error, distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and "gloo/transport" in str(error)

@@ -31,12 +31,18 @@ def open_store(timeout: timedelta = COLLECTIVE_TIMEOUT) -> Store:
 
 @contextlib.contextmanager
 def open_world(
-    device: str = "auto", backend: str = "auto", store: Store | None = None, timeout: timedelta = COLLECTIVE_TIMEOUT
+    device: str = "auto",
+    backend: str = "auto",
+    store: Store | None = None,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
+    *,
+    survives: bool = False,
 ) -> Iterator[World]:
     """Open the process group described by torchrun's environment, or a group of one process.
 
     `device` is auto, cpu, cuda or mps; `backend` is auto, gloo or nccl. Ranks use `store` for the rendezvous, or else a new
-    store. Collectives fail after `timeout`. Raises `UserError` if this machine does not support device or backend.
+    store. Collectives fail after `timeout`. With `survives`, NCCL does not end the process after an error or a timeout: the
+    caller must detect it. Raises `UserError` if this machine does not support device or backend.
     """
     rank, world_size = rank_and_world_size()
     local_rank, local_world_size = local_rank_and_world_size()
@@ -51,6 +57,9 @@ def open_world(
         torch.cuda.set_device(rank_device)
         if backend == "nccl":
             options["device_id"] = rank_device
+            if survives:
+                # torchrun sets it to 1: torch's watchdog would end this process before it can save its state or report
+                os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     if "RANK" not in os.environ:
         options |= {"store": HashStore(), "rank": 0, "world_size": 1}  # needs no port
     try:
@@ -64,7 +73,7 @@ def open_world(
         host, port = os.environ.get("MASTER_ADDR", "?"), os.environ.get("MASTER_PORT", "?")
         raise UserError(
             f"rank {rank} on {socket.gethostname()} could not join the {world_size} ranks at {host}:{port} over {backend} "
-            f"({first_line(error)}): start all ranks with torchrun, and check that this host can reach that address"
+            f"({_cause(error)}): start all ranks with torchrun, and check that this host can reach that address"
         ) from error
     control_group = open_group("gloo", timeout, "control")
     succeeded = False
@@ -76,6 +85,15 @@ def open_world(
             succeeded or world_size == 1
         ):  # after an error the peers may have exited, and a clean shutdown would wait for them
             dist.destroy_process_group()
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of an error's message; after it the last one of NCCL's, which has the cause."""
+    if not isinstance(error, dist.DistBackendError):
+        return first_line(error)
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line not in ("", "Last error:")]
+    return ": ".join(dict.fromkeys([*lines[:1], *lines[-1:]]))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from ranks import RankPool
 from torch.torch_version import TorchVersion
 
-from ddp_cifar.distributed.rendezvous import pick_device
+from ddp_cifar.distributed.environment import is_lost_peer
+from ddp_cifar.distributed.rendezvous import open_world, pick_device
 from ddp_cifar.distributed.world import World, open_group
 from ddp_cifar.errors import UserError
 
@@ -57,3 +58,52 @@ def test_ranks_share_gpus_only_with_gloo(monkeypatch: pytest.MonkeyPatch) -> Non
     assert pick_device("cuda", "auto", 1, 2, 2).index == 1
     with pytest.raises(UserError, match=r"3 ranks on .*, which has 2 GPUs: use --nproc_per_node=2, or backend=gloo"):
         pick_device("cuda", "auto", 2, 3, 3)
+
+
+VARIABLE = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+NCCL_ERROR = """NCCL error in: NCCL.cpp:94, unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.29.3
+ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.
+Last error:
+{}"""
+
+
+@pytest.mark.parametrize(
+    ("survives", "last", "handling", "cause"),
+    [
+        (True, "Error while creating shared memory segment", "0", "Error while creating shared memory segment"),
+        (False, "", "1", "ncclSystemError: System call"),
+    ],
+)
+def test_an_error_of_nccl_is_shown_with_its_cause_and_ends_the_process_unless_it_survives(
+    survives: bool, last: str, handling: str, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated: this machine may have no GPU. The variable is set before NCCL reads it."""
+    found = []
+
+    def join(**_: object) -> None:
+        found.append(os.environ[VARIABLE])
+        raise dist.DistBackendError(NCCL_ERROR.format(last))
+
+    monkeypatch.setenv(VARIABLE, "1")
+    monkeypatch.setattr("ddp_cifar.distributed.rendezvous.pick_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(dist, "init_process_group", join)
+    with pytest.raises(UserError) as error, open_world(survives=survives):
+        pass
+    assert found == [handling]
+    assert f"NCCL version 2.29.3: {cause}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (dist.DistBackendError(NCCL_ERROR.format("Error while creating shared memory segment")), False),
+        (dist.DistBackendError("NCCL error in: a.cpp:94, remote process exited\nncclRemoteError: A call failed"), True),
+        (dist.DistBackendError("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)"), True),
+        (dist.DistStoreError("wait timeout after 1000ms"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
+        (RuntimeError("CUDA error"), False),
+    ],
+)
+def test_only_some_errors_of_nccl_mean_that_a_peer_is_lost(error: BaseException, is_lost: bool) -> None:
+    assert is_lost_peer(error) == is_lost
