@@ -62,10 +62,11 @@ def digest(state: object) -> str:
     return sha.hexdigest()
 
 
-def snapshot(state: State) -> tuple[State, Callable[[], None]]:
+def snapshot(state: State, *, pinned: bool = True) -> tuple[State, Callable[[], None]]:
     """Return a copy of `state` on the CPU, and a function that waits until the copy is complete.
 
-    The caller may change `state` immediately: a GPU copies in stream order, before any work that follows.
+    The caller may change `state` immediately: a GPU copies in stream order, before any work that follows. The copy is in
+    pinned memory, whose allocation may wait for all streams of the GPU. Unless `pinned`, it waits for the current one only.
     """
     on_cuda = False
 
@@ -80,7 +81,7 @@ def snapshot(state: State) -> tuple[State, Callable[[], None]]:
         if value.device.type != "cuda":
             return value.detach().to("cpu", copy=True)
         on_cuda = True
-        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value.detach(), non_blocking=True)
+        return torch.empty_like(value, device="cpu", pin_memory=pinned).copy_(value.detach(), non_blocking=pinned)
 
     copied = copy(state)
     if not on_cuda:

@@ -104,7 +104,7 @@ class Checkpoints:
         """
         if not self.folder.is_dir():  # a trainer without a run_dir
             return
-        copied, wait = snapshot(state)
+        copied, wait = snapshot(state, pinned=False)  # a collective on another stream may never end
         wait()
         own, path = digest(_common(copied)), self._path(step)
         with open(self.folder / SURVIVORS, "a+") as file:

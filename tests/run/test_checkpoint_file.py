@@ -7,7 +7,7 @@ import torch
 from helpers import state_of
 
 from ddp_cifar.errors import UserError
-from ddp_cifar.run.checkpoint_file import digest, load_checkpoint, save_checkpoint
+from ddp_cifar.run.checkpoint_file import digest, load_checkpoint, save_checkpoint, snapshot
 
 
 def test_a_checkpoint_is_a_plain_dict_and_loads_bitwise_identical(tmp_path: Path) -> None:
@@ -36,6 +36,17 @@ def test_the_digest_depends_on_every_bit_key_and_type_but_not_on_the_memory_orde
         None,
     ]
     assert len({digest(weight), *map(digest, others)}) == len(others) + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pinned", [True, False])
+def test_on_a_gpu_a_snapshot_is_a_copy_in_pinned_memory_only_if_asked_for(pinned: bool) -> None:
+    weight = torch.ones(1000, device="cuda")
+    copied, wait = snapshot({"model": [weight]}, pinned=pinned)
+    weight.zero_()
+    wait()
+    assert torch.equal(copied["model"][0], torch.ones(1000))
+    assert copied["model"][0].is_pinned() == pinned
 
 
 def test_a_pickle_that_could_run_code_is_rejected(tmp_path: Path) -> None:
