@@ -20,7 +20,7 @@ from ddp_cifar.data.normalization import VALUES
 from ddp_cifar.distributed.world import World
 from ddp_cifar.tracking import build_tracker
 from ddp_cifar.tracking.base import NullTracker, Tracker
-from ddp_cifar.training.build import build_trainer
+from ddp_cifar.training.build import build_trainer, set_up_kernels
 from ddp_cifar.training.throughput import Rates
 from ddp_cifar.training.trainer import Trainer
 
@@ -67,8 +67,10 @@ def split_of(dataset: CIFAR10) -> Split:
 
 
 def make_trainer(world: World, data: DataSet, *arguments: str) -> Trainer:
-    """Build a trainer from command-line arguments, as the command does, but without checkpoints."""
-    return build_trainer(load_config(arguments), world, data)
+    """Set up the kernels and build a trainer from command-line arguments, as the command does, but without checkpoints."""
+    config = load_config(arguments)
+    set_up_kernels(config.train, world)  # before the first product on a GPU: cuBLAS reads its variable only once
+    return build_trainer(config, world, data)
 
 
 def batch_sizes(world: World, batch: int, micro: int | None = None) -> list[str]:

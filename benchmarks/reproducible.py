@@ -36,6 +36,7 @@ def main() -> None:
             f"train.log_every={min(options.steps, 20)}",
             f"train.threads={torch.get_num_threads()}",
         ]
+        # "on" first: with its kernels, cuBLAS is deterministic
         trainers = {
             name: make_trainer(world, data, f"train.reproducible={name == 'on'}", *sizes) for name in ("on", "off")
         }

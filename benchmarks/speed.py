@@ -37,7 +37,6 @@ from common import (
 from ddp_cifar.command import run_command
 from ddp_cifar.data.dataset import DataSet
 from ddp_cifar.distributed.rendezvous import open_world
-from ddp_cifar.training.build import set_up_kernels
 from ddp_cifar.training.throughput import computation, take_turns, timed, train_on
 
 TARGETS = {
@@ -66,7 +65,6 @@ def main(argv: Sequence[str]) -> int:
         sizes = batch_sizes(world, options.batch)
         # on the CPU, one row of metrics per slice, which is more than by default
         trainer = make_trainer(world, data, *sizes, f"train.log_every={min(options.steps, 20)}", *options.set)
-        set_up_kernels(trainer.config.train, world)
         recipe = peers.Recipe(dataset, options.batch, options.steps, world)
         others: dict[str, Callable[[peers.Recipe, int], peers.Steps]] = {"plain DDP": peers.plain_ddp}
         if options.peers:
