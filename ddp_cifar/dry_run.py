@@ -1,5 +1,6 @@
 """The description of a run by `python -m ddp_cifar.train --dry-run`, made on one process without a GPU."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,8 +58,8 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
     init = None if resumed else initial_weights(config)
     if init is not None:
         load_weights(model, init, source_of_weights(config.model), new_head=True)
-    try_training(model, config, len(dataset.classes), dataset.train.image_shape, _precision(config))
-    optimizer = build_optimizer(model, config.optim)
+    try_training(model, on_cpu(config), len(dataset.classes), dataset.train.image_shape, _precision(config))
+    optimizer = build_optimizer(model, on_cpu(config).optim)
     # only its checks
     Schedule(optimizer, config.optim, steps_per_epoch=plan.steps_per_epoch, epochs=config.train.epochs)
     footprint = footprint_of(config, plan.micro_batch_size, dataset, model)
@@ -129,7 +130,7 @@ class Footprint:
 
 def footprint_of(config: Config, micro_batch_size: int, dataset: DataSet, model: nn.Module) -> Footprint:
     """Measure the footprint with forward passes over two and four images and an update, on the CPU. Changes the model."""
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, on_cpu(config).optim)
     weights = _num_bytes(model.state_dict())
     gradients = _num_bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
     two, four = (_saved_bytes(model, count, dataset.train.image_shape, _precision(config)) for count in (2, 4))
@@ -143,6 +144,13 @@ def footprint_of(config: Config, micro_batch_size: int, dataset: DataSet, model:
         images=_num_bytes([split.images for split in (dataset.train, dataset.test) if split]),
         checkpoint=weights + moments + average,
     )
+
+
+def on_cpu(config: Config) -> Config:
+    """Return the config of a run on a GPU with an optimizer that this machine, which may have none, can also run."""
+    if config.optim.implementation != "capturable" or config.device not in ("auto", "cuda"):
+        return config
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, implementation="default"))
 
 
 def _precision(config: Config) -> str:

@@ -175,6 +175,12 @@ def test_a_user_error_of_the_run_is_found(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_optimizer_that_needs_a_gpu_is_accepted_unless_the_run_is_on_the_cpu(train: Train, tmp_path: Path) -> None:
+    arguments = (*TINY, f"run_dir={tmp_path / 'run'}", "optim.implementation=capturable")
+    assert dry_run(train, *arguments, "device=cuda")["optimizer"].startswith("adam")
+    one_line(train("--dry-run", *arguments, "device=cpu"), "optim.implementation=capturable needs a GPU")
+
+
 def test_a_resume_with_other_settings_is_rejected(train: Train, tmp_path: Path) -> None:
     arguments = (*TINY, f"run_dir={tmp_path / 'run'}")
     assert train(*arguments).status == 0
