@@ -64,6 +64,8 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
     Schedule(optimizer, config.optim, steps_per_epoch=plan.steps_per_epoch, epochs=config.train.epochs)
     footprint = footprint_of(config, plan.micro_batch_size, dataset, model)
     size = functools.partial(megabytes, digits=0)
+    on_host = config.data.residency == "host" and config.device != "cpu"
+    images = 0.0 if on_host else footprint.images
     lines = {
         "run_dir": f"{config.run_dir} ({_state(config, resumed)})",
         "data": f"{config.data.name}: {_sizes(dataset)}",
@@ -73,8 +75,10 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
         "ranks": f"{world_size} ({nodes} nodes x {nproc_per_node})",
         "step": str(plan),
         "total": _steps(config, plan),
-        "memory per rank": f"about {size(footprint.memory)}, plus the backend's: weights, gradients and optimizer "
-        f"{size(footprint.state)}, activations of a micro-batch {size(footprint.activations)}, images {size(footprint.images)}",
+        "memory per rank": f"about {size(footprint.training + images)}, plus the backend's: weights, gradients and optimizer "
+        f"{size(footprint.state)}, activations of a micro-batch {size(footprint.activations)}, images "
+        + size(images)
+        + " (data.residency=host)" * on_host,
         "checkpoint": f"{size(footprint.checkpoint)}; keeps {config.checkpoint.keep}: "
         f"{size(footprint.checkpoint * config.checkpoint.keep)}",
     }
@@ -121,11 +125,13 @@ class Footprint:
     activations: float
     """The tensors that autograd keeps for the backward pass of a micro-batch."""
     images: float
+    """On the device, or in the host's memory (`data.residency`)."""
     checkpoint: float
 
     @property
-    def memory(self) -> float:
-        return self.state + self.activations + self.images
+    def training(self) -> float:
+        """All but the images."""
+        return self.state + self.activations
 
 
 def footprint_of(config: Config, micro_batch_size: int, dataset: DataSet, model: nn.Module) -> Footprint:

@@ -181,6 +181,12 @@ def test_an_optimizer_that_needs_a_gpu_is_accepted_unless_the_run_is_on_the_cpu(
     one_line(train("--dry-run", *arguments, "device=cpu"), "optim.implementation=capturable needs a GPU")
 
 
+def test_images_that_stay_on_the_host_are_not_counted_as_memory_of_the_gpu(train: Train, tmp_path: Path) -> None:
+    arguments = (*TINY, f"run_dir={tmp_path / 'run'}", "data.residency=host")
+    assert dry_run(train, *arguments, "device=cuda")["memory per rank"].endswith("images 0 MB (data.residency=host)")
+    assert not dry_run(train, *arguments, "device=cpu")["memory per rank"].endswith("(data.residency=host)")
+
+
 def test_a_resume_with_other_settings_is_rejected(train: Train, tmp_path: Path) -> None:
     arguments = (*TINY, f"run_dir={tmp_path / 'run'}")
     assert train(*arguments).status == 0

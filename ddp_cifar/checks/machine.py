@@ -18,6 +18,7 @@ from ddp_cifar.checks.rank_context import LOOKING_S, Problem, RankContext, Skipp
 from ddp_cifar.command import megabytes
 from ddp_cifar.data import dataset_metadata, files_of
 from ddp_cifar.data.batch_plan import plan_batches
+from ddp_cifar.data.dataset import choose_device_for
 from ddp_cifar.distributed.rendezvous import open_world_alone, pick_device
 from ddp_cifar.dry_run import footprint_of
 from ddp_cifar.models import build_model
@@ -204,7 +205,9 @@ def check_data(here: RankContext) -> str:
 
 
 def check_batch(here: RankContext) -> str:
-    """Check that the batch can be split across ranks. Stores the memory that a rank needs and the checkpoint size."""
+    """Check that the batch can be split across ranks. Stores the memory that a rank needs for training and for the images,
+    and the checkpoint size.
+    """
     if here.dataset is None:
         raise Skipped
     config, train, absent = here.config, here.dataset.train, here.num_nodes - here.num_agents
@@ -215,7 +218,8 @@ def check_batch(here: RankContext) -> str:
     here.facts["checkpoint"] = footprint_of(config, 1, here.dataset, model).checkpoint  # for any batch size
     plan = plan_batches(config.train, here.world_size + absent * most, len(train))
     check_micro_batches(config, plan, model, here.dataset)
-    here.facts["memory"] = footprint_of(config, plan.micro_batch_size, here.dataset, model).memory
+    footprint = footprint_of(config, plan.micro_batch_size, here.dataset, model)
+    here.facts |= {"memory": footprint.training, "images": footprint.images}
     return f"{plan}" + (f", with {most} ranks assumed per missing node" if absent else "")
 
 
@@ -254,13 +258,15 @@ def digest_of(files: Sequence[Path]) -> tuple[str, int, int]:
 
 def check_memory(here: RankContext) -> str:
     """Check that there is enough memory: on each rank's GPU, or on the node for all of its ranks."""
-    needed = of_the_first(here, "memory")
+    needed, images = of_the_first(here, "memory"), of_the_first(here, "images")
     if here.device is not None and here.device.type == "cuda":
+        if choose_device_for(images, here.device, here.config.data.residency) == here.device:
+            needed += images
         free, total = map(float, torch.cuda.mem_get_info(here.device))
         what = "GPU memory"
     elif here.is_first_of_node:
         # 0.5 GB for torch itself; twice the estimate, as it does not include the temporary tensors of a step
-        needed = here.local_world_size * (2 * needed + 0.5e9)
+        needed = here.local_world_size * (2 * (needed + images) + 0.5e9)
         free, total = available_memory()
         what = "memory"
     else:

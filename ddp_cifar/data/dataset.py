@@ -216,10 +216,15 @@ def is_same_data(before: str, now: str) -> bool:
 
 def choose_data_device(splits: Iterable[Split | None], device: torch.device, residency: str) -> torch.device:
     """Return where to store the images of `splits` for training on `device`: `device` or the CPU, by `data.residency`."""
+    each = {id(split.images): split.images.numel() for split in splits if split}  # bytes; splits may share images
+    return choose_device_for(sum(each.values()), device, residency)
+
+
+def choose_device_for(num_bytes: float, device: torch.device, residency: str) -> torch.device:
+    """Return where to store so many bytes of images, as `choose_data_device` does."""
     if residency == "auto" and device.type == "cuda":
-        each = {id(split.images): split.images.numel() for split in splits if split}  # bytes; splits may share images
         free, _ = torch.cuda.mem_get_info(device)
-        residency = "device" if sum(each.values()) <= free / 2 else "host"
+        residency = "device" if num_bytes <= free / 2 else "host"
     return torch.device("cpu") if residency == "host" else device
 
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import config_of
 from preflight_rank import here
 
@@ -12,6 +13,7 @@ from ddp_cifar.checks.common import check_own_device
 from ddp_cifar.checks.machine import (
     check_batch,
     check_data,
+    check_memory,
 )
 from ddp_cifar.checks.rank_context import FAIL, OK, Outcome, Problem, RankContext
 
@@ -51,6 +53,22 @@ def test_the_batch_is_checked_for_all_expected_ranks(hosts: str, nodes: int, bat
     assert ("with 2 ranks assumed per missing node" in outcome.found) == (nodes == 4 and batch == 512)
     assert one.facts["checkpoint"] > 0
     assert (outcome.verdict == OK) == ("memory" in one.facts) == (batch == 512)
+
+
+@pytest.mark.parametrize(
+    ("residency", "free", "fits"),
+    [("device", 999, False), ("device", 1000, True), ("host", 400, True), ("auto", 1199, True), ("auto", 399, False)],
+)
+def test_images_need_gpu_memory_only_if_they_are_stored_there(
+    monkeypatch: pytest.MonkeyPatch, residency: str, free: int, fits: bool
+) -> None:
+    """Simulated: this machine may have no GPU."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2000))
+    found = here(["a"])
+    found.device, found.config = torch.device("cuda", 0), config_of(f"data.residency={residency}")
+    found.facts |= {"memory": 400, "images": 600}
+    found.check("memory", check_memory)
+    assert (found.outcomes[0].verdict == OK) == fits
 
 
 def test_available_memory_and_cores_do_not_exceed_the_machine() -> None:
