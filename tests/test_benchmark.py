@@ -1,13 +1,15 @@
 """`python -m ddp_cifar.benchmark`: measurements and report."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import config_of, make_trainer, random_dataset
+from helpers import SMALL, config_of, make_trainer, random_dataset
 from ranks import RankPool
+from torch import nn
 
 from ddp_cifar.distributed.world import World
 from ddp_cifar.models.cnn import CNN
@@ -34,6 +36,27 @@ def computed_alone(world: World) -> tuple[list[int], list[int]]:
     computation(trainer.train_step, num_classes=10, steps=1)()
     plan = trainer.plan
     return sizes, [plan.sizes(23)[m] for m in plan.shares(23)[world.rank]]
+
+
+def test_each_pass_of_a_compiled_computation_starts_a_step_of_its_cuda_graphs(
+    alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It also keeps the tensors of the gradients. The compiler is replaced, as it needs a GPU."""
+    gradients: list[set[int]] = []
+
+    def compile_nothing(model: nn.Module, **_: object) -> None:
+        def start_step() -> None:
+            gradients.append({id(parameter.grad) for parameter in model.parameters()})
+
+        monkeypatch.setattr("torch.compiler.cudagraph_mark_step_begin", start_step)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_nothing)
+    trainer = make_trainer(alone, config_of(*SMALL, "model.name=tiny"), random_dataset(16))
+    step = trainer.train_step
+    step.config = dataclasses.replace(step.config, train=dataclasses.replace(step.config.train, compile="default"))
+    computation(step, num_classes=10, steps=2)()
+    assert len(gradients) == 8  # 2 steps of 4 micro-batches
+    assert all(found == gradients[0] and len(found) > 1 for found in gradients)
 
 
 def test_the_bare_computation_uses_each_ranks_own_micro_batches(ranks: RankPool) -> None:

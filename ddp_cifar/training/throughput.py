@@ -80,8 +80,12 @@ def computation(step: TrainStep, num_classes: int, steps: int) -> Callable[[], N
     """Return a function that only computes: the passes and updates of this rank in full steps, on fixed images."""
     train, plan = step.config.train, step.plan
     model = copy.deepcopy(step.model)
-    if train.compile != "off":
+    compiled = train.compile != "off"
+    if compiled:
         model.compile(mode=train.compile, dynamic=False)
+        # as in `TrainStep.zero_grad`: a CUDA graph would overwrite gradients that it allocated
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer = build_optimizer(model, step.config.optim, step.precision)
     sizes = plan.sizes(plan.global_batch_size)
     own = [sizes[m] for m in plan.shares(plan.global_batch_size)[step.world.rank]]
@@ -92,8 +96,10 @@ def computation(step: TrainStep, num_classes: int, steps: int) -> Callable[[], N
     def run() -> None:
         model.train()
         for _ in range(steps):
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not compiled)
             for size in own:
+                if compiled:
+                    torch.compiler.cudagraph_mark_step_begin()
                 with step.autocast():
                     logits = model(images[:size])
                 F.cross_entropy(logits.float(), labels[:size]).backward()
