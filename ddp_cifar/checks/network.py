@@ -104,7 +104,7 @@ def time_all_reduce(world: World, num_bytes: int) -> dict[str, float]:
     while world.all(len(times) < 8 and (len(times) < 2 or sum(times) < SECONDS)):  # also makes all ranks start together
         began = time.perf_counter()
         world.sum(numbers)
-        _synchronize(numbers)
+        world.wait_for_device()
         times.append(time.perf_counter() - began)
     times = sorted(times[1:])
     median, n = statistics.median(times), world.world_size
@@ -115,11 +115,6 @@ def time_all_reduce(world: World, num_bytes: int) -> dict[str, float]:
         "max_s": times[-1],
         "bus_bytes_per_s": 2 * (n - 1) / n * num_bytes / median,
     }
-
-
-def _synchronize(tensor: Tensor) -> None:
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)
 
 
 def check_clock(here: RankContext) -> str:
@@ -233,7 +228,7 @@ def time_link(world: World, one: int, other: int) -> Link:
             else:
                 dist.recv(tensor, first)
                 dist.send(answer, first)
-            _synchronize(answer)
+            world.wait_for_device()
             best = min(best, time.perf_counter() - began)
         return best
 

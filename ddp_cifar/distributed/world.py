@@ -119,6 +119,11 @@ class World:
         """Wait until every rank has called this."""
         dist.barrier()
 
+    def wait_for_device(self) -> None:
+        """Wait until this rank's GPU has done all its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def all(self, flag: bool) -> bool:
         """Return True on every rank if `flag` is true on all of them."""
         return int(self.sum(torch.tensor(int(flag), device=self.device))) == self.world_size

@@ -47,10 +47,10 @@ def train_on(trainer: Trainer, steps: int) -> None:
 def seconds_of(run: Callable[[], None], world: World) -> float:
     """Return the seconds that `run` takes on the slowest rank, if all ranks start together."""
     world.barrier()
-    finish(world.device)
+    world.wait_for_device()
     started = time.perf_counter()
     run()
-    finish(world.device)
+    world.wait_for_device()
     return world.max(time.perf_counter() - started)
 
 
@@ -130,9 +130,3 @@ def matrix_product(size: int, precision: str, device: torch.device) -> tuple[Cal
         torch.matmul(left, right, out=out)
 
     return run, 2.0 * size**3
-
-
-def finish(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
