@@ -379,8 +379,8 @@ class TrainConfig:
     channels_last: bool = True
     """Store images and weights in channels-last memory format, in which convolutions run faster."""
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
-    """Mode of torch.compile for the network and the augmentation, on a GPU. reduce-overhead also replays kernels as CUDA
-    graphs, which is faster if launching kernels takes longer than running them (small micro-batches). off: no
+    """Mode of torch.compile for the network and the augmentation, on a GPU. reduce-overhead and max-autotune also replay
+    kernels as CUDA graphs, which is faster if launching kernels takes longer than running them (small micro-batches). off: no
     compilation."""
     profile_steps: list[int] | None = setting(None, role="non_result")
     """[FIRST, LAST]: steps to profile. The traces in RUN_DIR/profile can be opened in TensorBoard and Perfetto; the longest

@@ -16,7 +16,7 @@ number of ranks or on interruptions. The unit rounds the loss of an image by 2e-
 
 
 LOSS_LIMIT = 2.0**14
-"""The upper limit on the loss of one image, so that the sum over a hundred million images fits 63 bits."""
+"""The upper limit on the loss of one image. The sum over two million images at this limit fits 63 bits."""
 
 
 @dataclass(frozen=True)
