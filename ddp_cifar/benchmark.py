@@ -68,8 +68,8 @@ def table(result: Mapping[str, Any]) -> str:
         else f"{exposed:.1%} of a step",
         "speed relative to the bare computation": f"{result['of_computation']:.1%}",
         "model FLOP/s": f"{result['flops_per_s'] / 1e12:,.3f} T, {result['flops_an_image'] / 1e9:.3f} G per image",
-        "utilization": f"{result['utilisation']:.1%} of the {result['matrix_flops_per_s'] / 1e12:,.3f} T of a matrix product "
-        f"in {result['precision']} on this machine (the bare computation: {result['computation_utilisation']:.1%})",
+        "utilization": f"{result['utilization']:.1%} of the {result['matrix_flops_per_s'] / 1e12:,.3f} T of a matrix product "
+        f"in {result['precision']} on this machine (the bare computation: {result['computation_utilization']:.1%})",
         "peak memory": f"{megabytes(result['peak_memory'])} per rank",
         "warm-up": f"{result['warm_up_s']:.1f} s, not included above",
     }

@@ -85,7 +85,7 @@ def test_the_benchmark_reports_what_it_measured(shell: Shell, tmp_path: Path) ->
     assert all(min(rates) > 0 and len(rates) == 2 for rates in result["rates"].values())
     assert result["images_per_s_min"] <= result["images_per_s"] <= result["images_per_s_max"]
     assert sum(result["phases_s"].values()) == pytest.approx(result["step_s"], rel=0.5)
-    assert 0 < result["utilisation"] < 1
+    assert 0 < result["utilization"] < 1
     assert f"| images/s | {result['images_per_s']:,.0f} (" in done.out
     assert "23 images per step in 8 micro-batches of 2 to 3, 2 to 3 per rank |" in done.out
     alone = shell("python", "-m", "ddp_cifar.benchmark", *small, "--rounds", "1", "--steps", "1")

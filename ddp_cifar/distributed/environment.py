@@ -30,7 +30,7 @@ def rank_and_world_size() -> tuple[int, int]:
                 f"the environment has some of {', '.join(LAUNCHER_VARIABLES)}, but not {', '.join(missing)}: "
                 f"start with torchrun, which sets all of them, or unset them to run one process"
             )
-    rank, world_size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
+    rank, world_size = number_from_environment("RANK", 0), number_from_environment("WORLD_SIZE", 1)
     if not 0 <= rank < world_size:
         raise UserError(
             f"RANK={rank} does not fit WORLD_SIZE={world_size}: start with torchrun, or unset RANK and WORLD_SIZE"
@@ -43,14 +43,15 @@ def check_started_by_torchrun() -> None:
     if "RANK" in os.environ:
         return
     for rank, size in TASK_VARIABLES:
-        if rank in os.environ and _from_environment(size, 1) > 1:
+        if rank in os.environ and number_from_environment(size, 1) > 1:
             raise UserError(
                 f"this is one of {os.environ[size]} tasks ({size}), each of which would train alone: start with slurm/train.sh, "
                 f"or with one torchrun per node"
             )
 
 
-def _from_environment(name: str, default: int) -> int:
+def number_from_environment(name: str, default: int) -> int:
+    """Return the number in an environment variable. Raises `UserError` if it is not a number."""
     text = os.environ.get(name, str(default))
     try:
         return int(text)
@@ -62,7 +63,7 @@ def _from_environment(name: str, default: int) -> int:
 
 def local_rank_and_world_size() -> tuple[int, int]:
     """Return (LOCAL_RANK, LOCAL_WORLD_SIZE) as set by torchrun, or (0, 1)."""
-    return _from_environment("LOCAL_RANK", 0), _from_environment("LOCAL_WORLD_SIZE", 1)
+    return number_from_environment("LOCAL_RANK", 0), number_from_environment("LOCAL_WORLD_SIZE", 1)
 
 
 def is_lost_peer(error: BaseException) -> bool:

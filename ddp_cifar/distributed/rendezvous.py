@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from ddp_cifar.distributed.environment import _from_environment, local_rank_and_world_size, rank_and_world_size
+from ddp_cifar.distributed.environment import local_rank_and_world_size, number_from_environment, rank_and_world_size
 from ddp_cifar.distributed.world import COLLECTIVE_TIMEOUT, World, open_group, stdout_without_gloo
 from ddp_cifar.errors import UserError, first_line
 
@@ -25,7 +25,7 @@ def open_store(timeout: timedelta = COLLECTIVE_TIMEOUT) -> Store:
         return HashStore()
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_server = os.environ["RANK"] == "0" and not is_torchruns
-    address = os.environ["MASTER_ADDR"], _from_environment("MASTER_PORT", 0)
+    address = os.environ["MASTER_ADDR"], number_from_environment("MASTER_PORT", 0)
     return TCPStore(*address, is_master=is_server, timeout=timeout, wait_for_workers=False)
 
 
@@ -113,9 +113,9 @@ def _is_restarted_on_a_used_store() -> bool:
 
     Several agents count their restarts separately; launch/node.sh therefore lets torchrun create a new store for them.
     """
-    restarts = _from_environment("TORCHELASTIC_RESTART_COUNT", 0)
+    restarts = number_from_environment("TORCHELASTIC_RESTART_COUNT", 0)
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return restarts > 0 and shared and _from_environment("GROUP_WORLD_SIZE", 1) == 1
+    return restarts > 0 and shared and number_from_environment("GROUP_WORLD_SIZE", 1) == 1
 
 
 def _unused_part_of_the_store() -> PrefixStore:

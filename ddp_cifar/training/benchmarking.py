@@ -16,7 +16,7 @@ from ddp_cifar.distributed.world import World
 from ddp_cifar.run.environment import device_name
 from ddp_cifar.tracking.base import NullTracker, Scalars
 from ddp_cifar.training.build import build_trainer
-from ddp_cifar.training.metrics import peak_memory
+from ddp_cifar.training.metrics import PHASES, peak_memory
 from ddp_cifar.training.throughput import (
     NEVER,
     Rates,
@@ -33,7 +33,6 @@ from ddp_cifar.training.trainer import Trainer
 
 NUM_IMAGES = 50_000  # the size of CIFAR-10's training set
 SLICE_S = 1.0
-PHASES = ("data", "forward", "backward", "optimizer")
 MATRIX_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 """Rows of the square matrices to multiply. The size with the highest rate counts."""
 
@@ -146,8 +145,8 @@ def summarize(
         "flops_an_image": flops,
         "flops_per_s": flops * images_per_s,
         "matrix_flops_per_s": statistics.median(rates[best]),
-        "utilisation": flops * ratio("training", best),
-        "computation_utilisation": flops * ratio("computation", best),
+        "utilization": flops * ratio("training", best),
+        "computation_utilization": flops * ratio("computation", best),
         "gradient_bytes": sum(p.numel() * 4 for p in trainer.model.parameters() if p.requires_grad),
         "peak_memory": memory,
         "warm_up_s": warm_up_s,

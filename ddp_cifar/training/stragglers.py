@@ -19,7 +19,7 @@ RANK_FLOOR_US, LINK_FLOOR_US = 1000, 5000
 PAST_ROWS, MIN_PAST_ROWS = 20, 3
 """The number of earlier rows that are kept, and the least number with which a row is compared."""
 
-PHASES = {"data loading": "data_us", "forward pass": "forward_us", "update": "optimizer_us"}
+PHASE_FIELDS = {"data loading": "data_us", "forward pass": "forward_us", "update": "optimizer_us"}
 
 
 class Stragglers:
@@ -123,13 +123,13 @@ class RankWatch(Watch):
 
     def _describe(self, own: RankStatus, others: Sequence[RankStatus]) -> str:
         """Describe the phase that causes most of the delay."""
-        usual = {name: statistics.median(getattr(status, key) for status in others) for name, key in PHASES.items()}
-        name = max(PHASES, key=lambda name: getattr(own, PHASES[name]) - usual[name])
-        text = (
-            f"its {name} takes {ms(getattr(own, PHASES[name]))} per step (median of the other ranks {ms(usual[name])}"
-        )
+        usual = {
+            name: statistics.median(getattr(status, key) for status in others) for name, key in PHASE_FIELDS.items()
+        }
+        name = max(PHASE_FIELDS, key=lambda name: getattr(own, PHASE_FIELDS[name]) - usual[name])
+        text = f"its {name} takes {ms(getattr(own, PHASE_FIELDS[name]))} per step (median of the other ranks {ms(usual[name])}"
         if len(self.past) >= MIN_PAST_ROWS:
-            text += f"; this rank before {ms(statistics.median(getattr(status, PHASES[name]) for status in self.past))}"
+            text += f"; this rank before {ms(statistics.median(getattr(status, PHASE_FIELDS[name]) for status in self.past))}"
         return text + ")"
 
 
