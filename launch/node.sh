@@ -86,7 +86,7 @@ export DDP_CIFAR_SIGNALS=$log_dir/signals
 forward_signal() {
   local ranks=() before=${interrupted:-}
   interrupted=$1
-  echo "$1" >>"$DDP_CIFAR_SIGNALS"
+  { echo "$1" >>"$DDP_CIFAR_SIGNALS"; } 2>/dev/null || true # the disk may be full, or the folder removed
   agent=${agent:-${!:-}} # the signal may arrive before agent=$! below
   if [ -z "$agent" ]; then exit 1; fi
   read -ra ranks -d '' < <(cat "/proc/$agent/task/"*/children 2>/dev/null) || true
@@ -151,12 +151,12 @@ wait_for "$agent" && status=0 || status=$?
 [ "$status" = 0 ] || wait_for_ranks
 
 # ranks that end a job for good exit with 0, so that torchrun does not restart them
-[ "$status" = 0 ] && [ -z "$(find "$log_dir" -name error.final -print -quit)" ] || repeat_error "$log_dir"
+[ "$status" = 0 ] && [ -z "$(find "$log_dir" -name error.final -print -quit 2>/dev/null)" ] || repeat_error "$log_dir" || true
 if [ -z "${LOG_DIR:-}" ]; then
   rm -rf "$log_dir"
 elif [ -n "${NODE_NAME:-}" ]; then
   [ "$status" = 0 ] || note_death
-  [ "$status" = 0 ] || [ "$died" = no ] || : >"$LOG_DIR/died-$NODE_NAME"
-  : >"$LOG_DIR/exited-$NODE_NAME"
+  [ "$status" = 0 ] || [ "$died" = no ] || : >"$LOG_DIR/died-$NODE_NAME" || true
+  : >"$LOG_DIR/exited-$NODE_NAME" || true
 fi
 exit "$status"

@@ -153,6 +153,34 @@ def test_a_signal_just_after_the_ranks_have_finished_has_no_effect(tmp_path: Pat
     assert process.wait(20) == 0
 
 
+FORWARDED = """#!{python}
+import pathlib, shutil, signal, subprocess, sys
+
+(log_dir,) = (argument.split("=")[1] for argument in sys.argv if argument.startswith("--log-dir="))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+script = "trap 'echo saved; exit' TERM; sleep 0.5; echo ready; for _ in $(seq 100); do sleep 0.1; done"
+rank = subprocess.Popen(["sh", "-c", script])
+shutil.rmtree(log_dir)
+sys.exit(rank.wait())
+"""
+"""A torchrun with one rank, whose log folder is removed, as a cleaner of /tmp does."""
+
+
+def test_a_signal_is_forwarded_without_the_temporary_folder(tmp_path: Path) -> None:
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text(FORWARDED.format(python=sys.executable))
+    torchrun.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    process = subprocess.Popen(
+        [CHECKOUT / "launch" / "node.sh"], env={**os.environ, "PATH": path}, stdout=subprocess.PIPE
+    )
+    assert process.stdout
+    assert process.stdout.readline() == b"ready\n"
+    process.terminate()
+    assert process.wait(20) == 0
+    assert process.stdout.read() == b"saved\n"
+
+
 @pytest.mark.slow
 def test_the_commands_of_launch_readme_run(shell: Shell, tmp_path: Path) -> None:
     """Commands for several machines are tested in tests/slurm."""
