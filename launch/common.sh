@@ -17,7 +17,8 @@ wait_for() {
 }
 
 # repeat_error DIR: print the error of the rank that failed first, read from torchrun's log folder DIR. Sets `status` to
-# that rank's exit status, because torchrun itself exits with 1 for every failure.
+# that rank's exit status, because torchrun itself exits with 1 for every failure. Call it with `|| true`: the folder may be
+# removed, and the output may be on a full disk.
 repeat_error() {
   local first run_dir reason=''
   first=$(find "$1" -name error.final -print -quit 2>/dev/null)
@@ -63,6 +64,9 @@ died_without_error() {
   done
   return 1
 }
+
+# say MESSAGE: print it. A full disk under the output does not end the script, which has more to do.
+say() { echo "$1" || true; }
 
 # read_arguments: read arguments from standard input up to an empty one, each ended by a NUL byte. Sets `arguments`. False if
 # there are no more.

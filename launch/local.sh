@@ -69,5 +69,5 @@ for node in "${nodes[@]}"; do # two nodes may have exited at the same time
   wait_for "$node" && exit_status=0 || exit_status=$?
   [ "$status" != 0 ] || status=$exit_status
 done
-[ "$status" = 0 ] || { sleep 0.2; repeat_error "$LOG_DIR"; }
+[ "$status" = 0 ] || { sleep 0.2; repeat_error "$LOG_DIR"; } || true
 exit "$status"

@@ -15,7 +15,7 @@ while :; do
   sleep 10
   nodes=$(scontrol show job "$job" | sed -n 's/^ *NodeList=//p') || continue # the controller may be busy
   if [ -n "$nodes" ] && ! scontrol show hostnames "$nodes" | grep -qx "$script_node"; then
-    echo "job $job: $script_node, the node of the script, is lost; requeuing the job"
+    echo "job $job: $script_node, the node of the script, is lost; requeuing the job" || true # its log may be on a full disk
     scontrol requeue "$job" || scancel "$job" || continue
     exit
   fi

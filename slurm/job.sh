@@ -83,8 +83,8 @@ copy_errors() {
   local line
   trap '' INT TERM HUP USR1
   while IFS= read -r line || [ -n "$line" ]; do
-    printf '%s\n' "$line" >&2
-    [[ $line != "srun: error: "*": task"* ]] || : >"$work/exited"
+    printf '%s\n' "$line" >&2 || true # srun needs a reader, also if the disk of the job's log is full
+    [[ $line != "srun: error: "*": task"* ]] || : >"$work/exited" || true
   done
 }
 
@@ -112,7 +112,7 @@ finish_nodes() {
   wait_for "$step" 2>/dev/null && status=0 || status=$?
   wait_for "$copier" || true
   rm -rf "$work"
-  [ "$status" = 0 ] || [ ${#lost[@]} -gt 0 ] || repeat_error "$LOG_DIR"
+  [ "$status" = 0 ] || [ ${#lost[@]} -gt 0 ] || repeat_error "$LOG_DIR" || true
 }
 
 # wait_for_exits NODE...: wait until launch/node.sh has exited on these nodes, for up to 40 s: Slurm kills them after KillWait.
@@ -132,24 +132,24 @@ wait_for_exits() {
 declare -A reasons=()
 # shellcheck disable=SC2034
 check_nodes() {
-  local node results pids=() answer
-  results=$(mktemp -d)
+  local node pipe answer line
+  local -A pipes=() # not files: the disk of this node may be full
   ready=() unfit=() silent=()
   for node in "$@"; do
-    timeout -k 1 10 srun --nodes=1 --ntasks=1 --nodelist="$node" --overlap --no-kill --quiet --export=ALL \
-      "$checkout/launch/check_node.sh" "$run_dir" >"$results/$node" 2>/dev/null </dev/null &
-    pids+=($!)
+    exec {pipe}< <(timeout -k 1 10 srun --nodes=1 --ntasks=1 --nodelist="$node" --overlap --no-kill --quiet --export=ALL \
+      "$checkout/launch/check_node.sh" "$run_dir" 2>/dev/null </dev/null)
+    pipes[$node]=$pipe
   done
-  wait "${pids[@]}" 2>/dev/null || true # without bash's message about killed processes
   for node in "$@"; do
-    answer=$(tail -n 1 "$results/$node")
+    answer='' pipe=${pipes[$node]}
+    while IFS= read -r -t 12 line <&"$pipe"; do answer=$line; done
+    exec {pipe}<&-
     case $answer in
       ready) ready+=("$node") ;;
       '') silent+=("$node") ;;
       *) unfit+=("$node") reasons[$node]=$answer ;;
     esac
   done
-  rm -rf "$results"
 }
 
 # run_module MODULE ARGUMENT...: run the module on every node of this job, and exit with its status.

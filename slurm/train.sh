@@ -95,7 +95,7 @@ requeue() {
   local try how="to resume, submit it again with run_dir=$run_dir"
   if [ -n "${DDP_CIFAR_CHAIN:-}" ]; then
     if [ -n "$(squeue --noheader --name="$SLURM_JOB_NAME" --states=PENDING)" ]; then
-      echo "job $job: $1; the next job of the chain resumes it"
+      say "job $job: $1; the next job of the chain resumes it"
       exit 0
     fi
     echo "error: $1, and this was the last job of the chain; to resume, submit another chain with run_dir=$run_dir" >&2
@@ -110,7 +110,7 @@ requeue() {
     echo "error: $1, and partition $SLURM_JOB_PARTITION has only $available other nodes (MIN_NODES=$min_nodes); $how" >&2
     exit 1
   fi
-  echo "job $job: $1; requeuing the job"
+  say "job $job: $1; requeuing the job"
   trap '' TERM # sent by scontrol requeue
   for try in 1 2 3; do
     scontrol requeue "$job" && { exclude_bad_nodes && exit 0; }
@@ -135,7 +135,7 @@ find_excluded() {
 exclude_bad_nodes() {
   local before
   [ -n "$excluded" ] && [ "$available" -ge "${#job_nodes[@]}" ] || return 0
-  echo "job $job: excluding $excluded"
+  say "job $job: excluding $excluded"
   before=$(scontrol show job "$job" | sed -n 's/.*ExcNodeList=\([^ (]*\).*/\1/p')
   for _ in {1..50}; do
     ! scontrol update jobid="$job" ExcNodeList="${before:+$before,}$excluded" 2>/dev/null || return 0
@@ -147,7 +147,7 @@ exclude_bad_nodes() {
 note_bad() {
   ! is_bad "$1" || return 0
   echo "$1 $2" >>"$bad_nodes" || true
-  echo "job $job: $1 is not used again: it $2"
+  say "job $job: $1 is not used again: it $2"
 }
 is_bad() { grep -qs "^$1 " "$bad_nodes"; }
 
@@ -172,14 +172,14 @@ find_bad_nodes() {
   local node
   for node in "${lost[@]}"; do note_bad "$node" "does not answer"; done
   for node in "${job_nodes[@]}"; do
-    [ ! -e "$LOG_DIR/died-$node" ] || echo "$node" >>"$deaths"
+    [ ! -e "$LOG_DIR/died-$node" ] || echo "$node" >>"$deaths" || true
     [ "$(sed -n "/^$node\$/p" "$deaths" 2>/dev/null | wc -l)" -lt 2 ] || note_bad "$node" "$deadly"
   done
   list_usable
   if [ ${#usable[@]} = 0 ] && grep -qs " $deadly\$" "$bad_nodes"; then
-    echo "job $job: ranks have died on all nodes, so the nodes are not the cause: they are used again"
-    sed -i "/ $deadly\$/d" "$bad_nodes"
-    rm -f "$deaths"
+    say "job $job: ranks have died on all nodes, so the nodes are not the cause: they are used again"
+    sed -i "/ $deadly\$/d" "$bad_nodes" || true
+    rm -f "$deaths" || true
     list_usable
   fi
   check_nodes "${usable[@]}"
@@ -189,7 +189,7 @@ find_bad_nodes() {
 
 # end_job [MESSAGE]: exit without a requeue, and cancel the rest of a chain. With MESSAGE, print it and exit with status 0.
 end_job() {
-  [ $# = 0 ] || { status=0 && echo "job $job: $1"; }
+  [ $# = 0 ] || { status=0 && say "job $job: $1"; }
   [ -z "${DDP_CIFAR_CHAIN:-}" ] || scancel --name="$SLURM_JOB_NAME" --state=PENDING || true
   exit "$status"
 }
@@ -227,7 +227,7 @@ while [ -z "$asked$ended" ]; do
   finish_nodes
   if [ "$(status_stamp)" != "$before" ]; then
     state=$(cat "$run_dir/status")
-    rm -f "$run_dir/logs/never-started-$job"
+    rm -f "$run_dir/logs/never-started-$job" || true
   fi
   [ -z "$asked$ended" ] || break
   case $state in
@@ -238,12 +238,12 @@ while [ -z "$asked$ended" ]; do
   esac
   find_bad_nodes
   choose_nodes || { state="crashed, and ${#usable[@]} of the job's ${#job_nodes[@]} nodes can be used" && break; }
-  echo "job $job: the run crashed; starting again on $NNODES of its ${#job_nodes[@]} nodes ($(IFS=, && echo "${chosen[*]}"))"
+  say "job $job: the run crashed; starting again on $NNODES of its ${#job_nodes[@]} nodes ($(IFS=, && echo "${chosen[*]}"))"
 done
-rm -rf "$run_dir/logs/start-$job"
+rm -rf "$run_dir/logs/start-$job" || true
 case $ended,$status,$state in
   1,*)
-    echo "job $job: ended by Slurm or by the user; this script does not requeue it. Run status: $state"
+    say "job $job: ended by Slurm or by the user; this script does not requeue it. Run status: $state"
     exit "$status"
     ;;
   ,3,* | ,*,failed*) end_job ;; # a failed save or a failed run; its error is printed above
