@@ -17,6 +17,8 @@ from ddp_cifar.log import log, set_up_logging
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_SAVE_FAILED = 1, 2, 3
 
+SPACE, SPACE_BYTES = "space", 16_384
+"""A file next to torchrun's error file, and its size. It gives way to the error, whose cause may be a full disk."""
 
 TRUST_HELP = "call user-defined functions that the checkpoint names, such as its model's"
 
@@ -47,6 +49,7 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
     not recorded, because it is not the cause of the failure.
     """
     set_up_logging(0, 1)
+    _reserve_space()
     try:
         set_up_logging(*rank_and_world_size())
         status = main(sys.argv[1:])
@@ -59,8 +62,8 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
         status = EXIT_FAILED
     except NoRestart as error:
         log.error(error)
-        record_error(str(error), EXIT_FAILED, is_final=True)
-        status = final_status(EXIT_FAILED)
+        recorded = record_error(str(error), EXIT_FAILED, is_final=True)
+        status = final_status(EXIT_FAILED, recorded=recorded)
     except LostRank as error:
         leave(str(error), ranks=())
     except RunError as error:
@@ -139,9 +142,18 @@ def counted(number: int | str, noun: str, plural: str = "") -> str:
     return f"{number} {noun if str(number) == '1' else plural or noun + 's'}"
 
 
-def final_status(status: int) -> int:
-    """Return the status with which every rank has to exit to end the job: if restarts are left, torchrun restarts all others."""
-    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else status
+def final_status(status: int, *, recorded: bool = True) -> int:
+    """Return the status with which every rank has to exit to end the job: if restarts are left, torchrun restarts all others.
+
+    Unless this rank's error could be `recorded`: launch/*.sh would take 0 for a success.
+    """
+    return 0 if recorded and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else status
+
+
+def _reserve_space() -> None:
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        with contextlib.suppress(OSError):
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name(SPACE).write_bytes(bytes(SPACE_BYTES))
 
 
 def record_lost_peer() -> None:
@@ -158,19 +170,24 @@ def record_run_dir(path: Path) -> None:
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name("run_dir").write_text(f"{path.absolute()}\n")
 
 
-def record_error(message: str, status: int, details: str = "", *, is_final: bool = False) -> None:
-    """Write the error to the file that torchrun reads, in the format of torch's `@record`.
+def record_error(message: str, status: int, details: str = "", *, is_final: bool = False) -> bool:
+    """Write the error to the file that torchrun reads, in the format of torch's `@record`. Return True if it is written.
 
     (`@record` itself would also print a traceback, and add one to torchrun's report, for a user error.) Next to that
     file, `error.txt` has the line that launch/*.sh repeat, and `error.status` the exit status that they return.
     """
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
-        extra = {"py_callstack": details or message, "timestamp": str(int(time.time()))}
-        line = f"[rank {os.environ.get('RANK')}] error: {message}\n"
-        with contextlib.suppress(OSError):  # torchrun may have exited and removed its folder
-            path.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
-            path.with_suffix(".status").write_text(f"{status}\n")
-            path.with_suffix(".txt").write_text(line, errors="backslashreplace")
-            if is_final:
-                path.with_suffix(".final").touch()
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return False
+    path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+    extra = {"py_callstack": details or message, "timestamp": str(int(time.time()))}
+    line = f"[rank {os.environ.get('RANK')}] error: {message}\n"
+    try:
+        path.with_name(SPACE).unlink(missing_ok=True)
+        path.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+        path.with_suffix(".status").write_text(f"{status}\n")
+        path.with_suffix(".txt").write_text(line, errors="backslashreplace")
+        if is_final:
+            path.with_suffix(".final").touch()
+    except OSError:  # such as a full disk; or torchrun has exited and removed its folder
+        return False
+    return True

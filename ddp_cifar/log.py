@@ -27,7 +27,7 @@ def set_up_logging(rank: int, world_size: int) -> None:
 def log_to_file(path: Path, rank: int, world_size: int) -> None:
     """Also append this rank's lines, including info, to a file. Raises `UserError` if it cannot be written."""
     try:
-        handler = logging.FileHandler(path, errors="backslashreplace")  # file names need not be UTF-8
+        handler = _FileHandler(path, errors="backslashreplace")  # file names need not be UTF-8
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): choose another run_dir") from error
     handler.setFormatter(_formatter(rank, world_size))
@@ -53,6 +53,20 @@ def printable(text: str) -> str:
 CONTROL_CHARACTERS = {
     number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160)) if chr(number) not in "\t\n"
 }
+
+
+class _FileHandler(logging.FileHandler):
+    """Warns once if a line cannot be written, as on a full disk. The standard library would print a traceback per line."""
+
+    warned = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.warned:
+            self.warned = True
+            log.warning(f"cannot write {self.baseFilename} ({error.strerror}); this file lacks lines")
 
 
 class _TerminalHandler(logging.Handler):

@@ -397,25 +397,37 @@ def test_from_4_to_2_to_1_to_4_ranks_with_kills(run: Run, uninterrupted: Result)
 # -- the disk
 
 
-def train_on_a_small_disk(tmp_path: Path, megabytes: int, options: str, *arguments: str) -> Any:
-    """Run `python -m ddp_cifar.train` with run_dir on a small file system, and copy its files out afterwards."""
-    disk, kept = tmp_path / "disk", tmp_path / "kept"
+def on_a_small_disk(tmp_path: Path, megabytes: int, script: str, *arguments: str) -> Any:
+    """Run a shell script with a small file system at `tmp_path / "disk"`."""
+    disk = tmp_path / "disk"
     disk.mkdir()
-    kept.mkdir()
-    command = f'{sys.executable} -m ddp_cifar.train "$@" run_dir={disk}/run'
-    mount = f"mount -t tmpfs -o size={megabytes}m tmpfs {disk} && mkdir {disk}/run && {options}"
-    script = f"{mount} {{ {command}; status=$?; cp -a {disk}/run/. {kept}; exit $status; }}"
     flags = "-m" if os.geteuid() == 0 else "-rm"
     if subprocess.run(["unshare", flags, "mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("needs to mount a file system")
-    done = subprocess.run(
-        ["unshare", flags, "sh", "-c", script, "sh", *TINY, "train.epochs=6", *arguments],
+    return subprocess.run(
+        [
+            "unshare",
+            flags,
+            "sh",
+            "-c",
+            f"mount -t tmpfs -o size={megabytes}m tmpfs {disk} && {script}",
+            "sh",
+            *arguments,
+        ],
         capture_output=True,
         text=True,
         cwd=CHECKOUT,
         timeout=120,
     )
-    return done, kept
+
+
+def train_on_a_small_disk(tmp_path: Path, megabytes: int, options: str, *arguments: str) -> Any:
+    """Run `python -m ddp_cifar.train` with run_dir on a small file system, and copy its files out afterwards."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    kept.mkdir()
+    command = f'{sys.executable} -m ddp_cifar.train "$@" run_dir={disk}/run'
+    script = f"mkdir {disk}/run && {options} {{ {command}; status=$?; cp -a {disk}/run/. {kept}; exit $status; }}"
+    return on_a_small_disk(tmp_path, megabytes, script, *TINY, "train.epochs=6", *arguments), kept
 
 
 def test_a_full_disk_skips_checkpoints_and_the_exit_status_is_3(tmp_path: Path) -> None:
@@ -431,6 +443,24 @@ def test_a_full_disk_skips_checkpoints_and_the_exit_status_is_3(tmp_path: Path) 
     (checkpoint,) = kept.glob("checkpoints/step_*")
     assert load_checkpoint(checkpoint)["progress"]["step"] == 2
     assert [row["step"] for row in rows_of(kept) if "train/epoch" in row] == [2, 4, 6, 8, 10, 12]
+
+
+RECORD = """
+import os, pathlib
+from ddp_cifar.command import _reserve_space, record_error
+
+_reserve_space()
+try:
+    pathlib.Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name("other").write_bytes(bytes(2 << 20))
+except OSError as error:
+    assert record_error(str(error), 3, is_final=True)
+"""
+
+
+def test_an_error_is_recorded_on_a_full_disk(tmp_path: Path) -> None:
+    error_file = f"TORCHELASTIC_ERROR_FILE={tmp_path}/disk/error.json"
+    done = on_a_small_disk(tmp_path, 1, f"{error_file} {sys.executable} -c '{RECORD}'")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_read_only_disk_is_a_one_line_error(tmp_path: Path) -> None:

@@ -463,9 +463,17 @@ def test_a_run_that_cannot_save_its_checkpoints_exits_with_status_3(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ddp_cifar.run.checkpoint_store.save_checkpoint", full)
+    # as under a torchrun that restarts ranks, which cannot record why they must not be restarted
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "missing" / "error.json"))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    written = tmp_path / "run" / "logs" / "rank_0.log"
+    written.parent.mkdir(parents=True)
+    written.symlink_to("/dev/full")
     outcome = train(*TINY, f"run_dir={tmp_path / 'run'}")
     assert outcome.status == 3
     assert "was not saved (No space left on device)" in outcome.err
+    assert outcome.err.count(f"cannot write {written} (No space left on device)") == 1
+    assert "Traceback" not in outcome.err
     assert "finished" in outcome.out
 
 
