@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
             if progress.is_finished(config):
                 if world.is_main:
                     run_dir.write_status("finished")  # a crash just after the last save leaves another status
-                    send_rest(config)
+                    trackers.callback(send_rest, config)
                 limit = "train.patience_epochs" if progress.ends_early(config) else "train.epochs or train.max_steps"
                 log.info(f"{run_dir.path} is finished: {progress}; to continue, raise {limit}")
                 return 0

@@ -29,7 +29,7 @@ READERS = 32
 
 
 class Heartbeat:
-    """Writes this rank's file from a thread, and detects lost ranks until the end of training, and hangs in training.
+    """Writes this rank's file from a thread, and detects lost ranks until all ranks have ended, and hangs in training.
 
     If one rank hangs, all others wait for it in a collective. So a rank that makes no progress reads the files of the ranks
     that it watches (`watched_by`), four times in `silent_timeout_s`. A rank whose `ticks` are the same in four readings is lost.
@@ -53,8 +53,6 @@ class Heartbeat:
         self.ticks = 0
         self._hangs = False
         """True while a rank that makes no progress means that the run hangs."""
-        self._ended = False
-        """True after training, when ranks exit at different times."""
         self._recorded = 0.0
         """The Unix time at which this rank has recorded what it waits for."""
         self._before_leaving: Callable[[], None] = lambda: None
@@ -66,7 +64,9 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not kind:
+            self.world.max(0)  # wait for the others: nobody would watch a rank that is stopped after they have left
         self._closed.set()
         self._thread.join()
         self._write()
@@ -87,7 +87,7 @@ class Heartbeat:
         try:
             yield
         finally:
-            self._hangs, self._ended = False, True
+            self._hangs, self._before_leaving = False, lambda: None
 
     # -- the thread
 
@@ -103,7 +103,7 @@ class Heartbeat:
             was_stopped, last = now - last > 0.3 * self.silent_timeout_s, now
             if now - self._written >= self.interval_s:
                 self._write()
-            if self._ended or self.beats != last_beats or was_stopped:
+            if self.beats != last_beats or was_stopped:
                 last_beats, since, readings, next_reading, before, dumped = self.beats, now, [], 0.2, {}, False
                 continue
             silent, quiet = (now - since) / self.silent_timeout_s, (now - since) / self.timeout_s

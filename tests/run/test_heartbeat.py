@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from ranks import RankPool
 
 from ddp_cifar.distributed.world import World
 from ddp_cifar.run import heartbeat as heartbeat_module
@@ -97,12 +98,14 @@ def test_of_many_ranks_a_few_read_the_files_of_all(
 def test_a_rank_that_is_lost_some_time_after_the_last_progress_is_found(
     alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in the start of a run, in which ranks wait for rank 0. Its files still change when the first reading is made."""
+    """As before and after training, when ranks wait for rank 0. Its files still change when the first reading is made."""
     left: list[str] = []
     monkeypatch.setattr(heartbeat_module, "leave", lambda message, ranks: left.append(message))
     world = World(0, 0, 2, 2, alone.device, "gloo", alone.control_group)
     started = time.monotonic()
-    with Heartbeat(tmp_path, tmp_path, world, timeout_s=60, silent_timeout_s=2):
+    with Heartbeat(tmp_path, tmp_path, world, timeout_s=60, silent_timeout_s=2) as beating:
+        with beating.watching(lambda: None):
+            pass
         while time.monotonic() - started < 2.5:
             sign = Sign(1, "another host", 101, ticks=round(100 * time.monotonic()), beats=0, step=0, time=0.0)
             (tmp_path / "rank_1").write_text(json.dumps(dataclasses.asdict(sign)))
@@ -111,6 +114,18 @@ def test_a_rank_that_is_lost_some_time_after_the_last_progress_is_found(
         while not left and time.monotonic() - started < 20:
             time.sleep(0.1)
     assert left[0].startswith("no heartbeat from rank 1 (another host, pid 101, at step 0) for 2 s")
+
+
+def leave_after(world: World, folder: str, seconds: float) -> float:
+    with Heartbeat(Path(folder), Path(folder), world, timeout_s=60, silent_timeout_s=30):
+        time.sleep(seconds * world.rank)
+    return time.time()
+
+
+def test_no_rank_leaves_before_all_have_ended(ranks: RankPool, tmp_path: Path) -> None:
+    """Nobody would watch the others."""
+    first, second = ranks.run(leave_after, 2, str(tmp_path), 1.0)
+    assert abs(first - second) < 0.5
 
 
 def test_stacks_that_take_long_to_write_do_not_let_a_hang_continue(
