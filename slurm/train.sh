@@ -229,7 +229,7 @@ while [ -z "$asked$ended" ]; do
     state=$(cat "$run_dir/status")
     rm -f "$run_dir/logs/never-started-$job" || true
   fi
-  [ -z "$asked$ended" ] || break
+  [ -z "$asked$ended" ] && [ "$status" != 3 ] || break # 3: the disk is full or read-only, and $state may be old
   case $state in
     running) ;;
     'never started') [ ${#lost[@]} -gt 0 ] || break ;;

@@ -139,8 +139,11 @@ class Requests:
 
     def stopped(self) -> None:
         """Remove the file STOP. Call it after the run has stopped."""
-        if self.folder:
-            (self.folder / "STOP").unlink(missing_ok=True)
+        if self.folder and (path := self.folder / "STOP").exists():
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning(f"cannot remove {path} ({error.strerror}): remove it before the next start")
 
     def _catch(self, signum: signal.Signals) -> None:
         self._handlers[signum] = signal.signal(signum, lambda *_: None)

@@ -1,5 +1,6 @@
 """Requests to stop, to save, and to record a profile."""
 
+import errno
 import time
 from pathlib import Path
 
@@ -28,6 +29,21 @@ def test_stop_and_save_files_and_the_deadline_are_detected(tmp_path: Path, monke
     with Requests(None, deadline=(time.time() + 0.2, "train.deadline")) as requests:
         assert requests.reason == ""
         assert wait_until(lambda: requests.reason == "train.deadline", 10)
+
+
+def test_a_file_stop_that_cannot_be_removed_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read_only(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    Requests(tmp_path).stopped()
+    assert not caplog.text
+    (tmp_path / "STOP").touch()
+    Requests(tmp_path).stopped()
+    assert f"cannot remove {tmp_path / 'STOP'} (Read-only file system)" in caplog.text
 
 
 def test_a_profile_is_requested_by_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
