@@ -6,6 +6,7 @@ and `std`); `ema` (averaged weights) and `scaler` (for fp16) if the run has them
 saved when a rank was lost also has `rows`, the last rows of metrics.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -231,9 +232,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power failure."""
+    """Make a rename in `folder` survive a power failure, if the file system supports it, as vfat and SMB do not."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(descriptor)

@@ -43,6 +43,8 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
         self.failed_saves = 0
+        self._warned = False
+        """True after the warning that links cannot be set."""
         self.last_good: Path | None = None
         self.bad: set[Path] = set()
         self._writer: threading.Thread | None = None
@@ -175,7 +177,12 @@ class Checkpoints:
             link = self.folder / name
             # the best checkpoint may have failed to save
             if path and path.exists() and not (link.is_symlink() and os.readlink(link) == path.name):
-                _link(link, path)
+                try:
+                    _link(link, path)
+                except OSError as error:  # such as a file system without links
+                    if not self._warned:
+                        log.warning(f"cannot link {link} to {path.name} ({error.strerror}); use step_*.pt instead")
+                    self._warned = True
 
     def _write(self, state: State, step: int, best_step: int | None, first: Callable[[], None]) -> None:
         """Write a checkpoint, set the links, and remove old ones. A failure is counted and logged; training continues."""
@@ -183,12 +190,16 @@ class Checkpoints:
         try:
             first()
             save_checkpoint(path, state)
-            self.bad.discard(path)
-            self.last_good = path
-            self.link(path, best_step)
-            self._remove_old()
         except OSError as error:
             self._failed(path, error.strerror or str(error))
+            return
+        self.bad.discard(path)
+        self.last_good = path
+        self.link(path, best_step)
+        try:
+            self._remove_old(best_step)
+        except OSError as error:
+            log.warning(f"cannot remove old checkpoints ({error.strerror}); training continues")
 
     def _failed(self, path: Path, reason: str) -> None:
         self.failed_saves += 1
@@ -197,11 +208,12 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}.pt"
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, best_step: int | None) -> None:
         best = self.folder / "best.pt"
         # damaged ones do not count toward `keep`, and are left for the user to inspect
         good = [path for path in self.paths() if path not in self.bad]
         keep = {path.name for path in good[: self.keep]} | ({os.readlink(best)} if best.is_symlink() else set())
+        keep |= set() if best_step is None else {self._path(best_step).name}  # also without links
         verified = self._path(self.verified_step)
         keep.update([path.name for path in good if path <= verified][:1])
         for path in good:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import state_of
 
+from ddp_cifar.log import log
 from ddp_cifar.run.checkpoint_store import Checkpoints
 from ddp_cifar.run.resume import find_checkpoint
 
@@ -17,8 +18,6 @@ from ddp_cifar.run.resume import find_checkpoint
 def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_is_used(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ddp_cifar.log import log
-
     monkeypatch.setattr(log, "propagate", True)
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (1, 2):
@@ -127,6 +126,32 @@ def test_two_threads_can_save_the_same_step(tmp_path: Path, monkeypatch: pytest.
     checkpoints.finish()
     assert checkpoints.failed_saves == 0
     assert checkpoints.load_latest() is not None
+
+
+def test_a_file_system_without_links_and_without_fsync_of_folders_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fsync = os.fsync
+
+    def fsync_of_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    def no_links(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(os, "fsync", fsync_of_files)
+    monkeypatch.setattr(os, "symlink", no_links)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (1, 2, 3):
+        checkpoints.save(state_of(), step, best_step=1)
+        checkpoints.finish()
+    assert checkpoints.failed_saves == 0
+    assert [path.name for path in checkpoints.paths()] == ["step_00000003.pt", "step_00000001.pt"]
+    (record,) = caplog.records
+    assert "cannot link" in record.getMessage()
 
 
 def test_a_kill_during_a_write_keeps_the_older_checkpoint(tmp_path: Path) -> None:
