@@ -245,3 +245,19 @@ def _attempt(function: Callable[[], object]) -> list[Any]:
         except Exception:
             return [None, RuntimeError(repr(error))]
         return [None, error]
+
+
+def check_reduced(ddp: "DistributedDataParallel | SingleProcessModel", step: int) -> None:
+    """Raise `UserError` if the backward pass of step `step` has not summed all gradients over ranks.
+
+    DDP itself only finds that in the next forward pass, after an update with this rank's own gradients.
+    """
+    if isinstance(ddp, SingleProcessModel):
+        return
+    try:
+        ddp._check_reducer_finalized()
+    except RuntimeError as error:
+        raise UserError(
+            f"in step {step}, the model did not use all parameters that need a gradient: DistributedDataParallel needs each "
+            f"in every pass; set requires_grad=False for unused ones, and multiply by 0 to skip a layer"
+        ) from error

@@ -1,11 +1,12 @@
 """The model's parameters by name: which are frozen, and the groups in which an optimizer updates the others."""
 
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddp_cifar.command import counted
@@ -93,3 +94,10 @@ def describe_groups(groups: Groups) -> str:
         + ", ".join(f"{name.replace('_', ' ')} {group[name]:g}" for name in ("lr", "weight_decay") if name in group)
         for group in groups
     )
+
+
+@torch.no_grad()
+def restore(tensors: Iterable[Tensor], kept: Sequence[Tensor]) -> None:
+    """Copy the saved values back into the tensors."""
+    for tensor, before in zip(tensors, kept, strict=True):
+        tensor.copy_(before)

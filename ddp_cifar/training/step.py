@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ddp_cifar.config import Config, ImageShape
 from ddp_cifar.data.batch_plan import BatchPlan
 from ddp_cifar.data.loader import MicroBatch, StepBatch
-from ddp_cifar.distributed.world import World
+from ddp_cifar.distributed.world import World, check_reduced
 from ddp_cifar.errors import UserError
 from ddp_cifar.models.weights import load_weights
 from ddp_cifar.run.checkpoint_file import State
@@ -30,6 +30,7 @@ from ddp_cifar.training.loss import TrainingLoss
 from ddp_cifar.training.metrics import TrainMetrics
 from ddp_cifar.training.nonfinite import NormCheck, first_nonfinite
 from ddp_cifar.training.optim import averages_weights, effective_lr, load_optimizer_state, start_training
+from ddp_cifar.training.parameters import restore
 from ddp_cifar.training.precision import autocast
 from ddp_cifar.training.schedule import Schedule
 from ddp_cifar.training.tree_sum import TreeReduction
@@ -123,7 +124,7 @@ class TrainStep:
                 self.forward_backward(micro_batch, batch.num_images, step, metrics, is_last=position == last)
         if not batch:
             self.join_exchange(metrics)
-        self.check_reduced()
+        check_reduced(self.ddp, step + 1)
         if self.tree:
             self.tree.end_step()
         if self.waits_for_sums:
@@ -171,18 +172,6 @@ class TrainStep:
             finish_sums = self.start_reducing(metrics)
             self.scaler.scale(0 * logits.float().sum()).backward()
             finish_sums()
-
-    def check_reduced(self) -> None:
-        """Raise `UserError` if DDP has not summed all gradients. DDP itself only finds that in the next step's forward pass."""
-        if not isinstance(self.ddp, DistributedDataParallel):
-            return
-        try:
-            self.ddp._check_reducer_finalized()
-        except RuntimeError as error:
-            raise UserError(
-                f"in step {self.step + 1}, the model did not use all parameters that need a gradient: DistributedDataParallel "
-                f"needs each in every pass; set requires_grad=False for unused ones, and multiply by 0 to skip a layer"
-            ) from error
 
     def start_reducing(self, metrics: TrainMetrics) -> Callable[[], None]:
         """Start summing buffers and counts over ranks, beside the gradients; return a function that waits for the sums."""
@@ -309,10 +298,3 @@ class TrainStep:
             self.ema.n_averaged.fill_(updates)  # at 0, the next update would overwrite the average
         if "scaler" in state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-
-
-@torch.no_grad()
-def restore(tensors: Iterable[Tensor], kept: Sequence[Tensor]) -> None:
-    """Copy the saved values back into the tensors."""
-    for tensor, before in zip(tensors, kept, strict=True):
-        tensor.copy_(before)

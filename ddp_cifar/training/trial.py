@@ -22,8 +22,8 @@ from ddp_cifar.seeding import unchanged_generators
 from ddp_cifar.training.fingerprint import fingerprint
 from ddp_cifar.training.loss import TrainingLoss
 from ddp_cifar.training.optim import build_optimizer, start_training
+from ddp_cifar.training.parameters import restore
 from ddp_cifar.training.precision import autocast
-from ddp_cifar.training.step import restore
 
 NUM_IMAGES = 2
 
