@@ -174,26 +174,27 @@ class DataSet:
     def hold_out(self, val_images: int) -> "DataSet":
         """Return the data set with `val_images` of the training images moved to `val`; with 0, `val` is None.
 
-        The choice does not depend on the run's seed, so that runs with different seeds choose their best checkpoint by the
-        same images. Raises `UserError` if no image would be left to train on.
+        The choice is random, but leaves an image of each class to train on. It does not depend on the run's seed, so that runs
+        with different seeds choose their best checkpoint by the same images. Raises `UserError` if too few images would be left.
         """
         if val_images == 0:
             return self
-        if val_images >= len(self.train):
-            raise UserError(
-                f"data.val_images={val_images} leaves none of the {len(self.train)} training images to train on: use at most "
-                f"{len(self.train) - 1}"
-            )
         shuffled = torch.randperm(len(self.train), generator=generator("val"))
-        val, train = shuffled[:val_images].sort().values, shuffled[val_images:].sort().values
-        if self.train.labels.device.type != "meta":
-            gone = set(self.train.labels[val].tolist()) - set(self.train.labels[train].tolist())
-            if gone:
-                names = ", ".join(self.classes[label] for label in sorted(gone)[:10])
-                raise UserError(
-                    f"data.val_images={val_images} holds out all training images of {names}: use fewer, or a "
-                    f"data set with its own val split"
-                )
+        labels = self.train.labels
+        # the last image of each class in this order; none is known on the meta device
+        kept = {} if labels.is_meta else {label: i for i, label in enumerate(labels[shuffled].tolist())}
+        most = len(self.train) - max(1, len(kept))
+        if val_images > most:
+            raise UserError(
+                f"data.val_images={val_images} leaves too few of the {len(self.train)} training images, one of each class, to "
+                f"train on: use at most {most}"
+            )
+        is_free = torch.ones(len(shuffled), dtype=torch.bool)
+        is_free[list(kept.values())] = False
+        val = shuffled[is_free][:val_images].sort().values
+        is_val = torch.zeros(len(shuffled), dtype=torch.bool)
+        is_val[val] = True
+        train = (~is_val).nonzero().flatten()
         return dataclasses.replace(self, train=self.train.take(train), val=self.train.take(val))
 
     def to(self, device: torch.device) -> "DataSet":

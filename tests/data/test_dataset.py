@@ -24,12 +24,19 @@ def test_held_out_images_are_removed_from_training_and_do_not_depend_on_the_seed
     assert torch.equal(dataset.val.sample_ids, again.sample_ids)
 
 
-def test_a_class_cannot_lose_all_its_training_images() -> None:
+def test_an_image_of_each_class_is_left_to_train_on() -> None:
     dataset = random_dataset(40)
     rare = dataclasses.replace(dataset.train, labels=(torch.arange(40) == 7).long())
     dataset = dataclasses.replace(dataset, train=rare)
-    message = f"data.val_images=39 holds out all training images of {dataset.classes[1]}: use fewer"
-    with pytest.raises(UserError, match=message):
+    for val_images in range(1, 39):
+        held_out = dataset.hold_out(val_images)
+        assert held_out.val is not None
+        assert len(held_out.val) == val_images
+        assert sorted(held_out.train.labels.unique().tolist()) == [0, 1]
+        assert sorted([*held_out.train.sample_ids.tolist(), *held_out.val.sample_ids.tolist()]) == list(range(40))
+    with pytest.raises(
+        UserError, match=r"data.val_images=39 leaves too few of the 40 training images.* use at most 38"
+    ):
         dataset.hold_out(39)
 
 
