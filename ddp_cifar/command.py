@@ -62,8 +62,7 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
         status = EXIT_FAILED
     except NoRestart as error:
         log.error(error)
-        recorded = record_error(str(error), EXIT_FAILED, is_final=True)
-        status = final_status(EXIT_FAILED, recorded=recorded)
+        status = record_final_error(str(error), EXIT_FAILED)
     except LostRank as error:
         leave(str(error), ranks=())
     except RunError as error:
@@ -142,12 +141,17 @@ def counted(number: int | str, noun: str, plural: str = "") -> str:
     return f"{number} {noun if str(number) == '1' else plural or noun + 's'}"
 
 
-def final_status(status: int, *, recorded: bool = True) -> int:
-    """Return the status with which every rank has to exit to end the job: if restarts are left, torchrun restarts all others.
+def final_status(status: int) -> int:
+    """Return the status with which every rank has to exit to end the job: if restarts are left, torchrun restarts all others."""
+    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else status
 
-    Unless this rank's error could be `recorded`: launch/*.sh would take 0 for a success.
+
+def record_final_error(message: str, status: int) -> int:
+    """Write the error that ends the job, as `record_error`, and return the status with which this rank has to exit.
+
+    If it cannot be written, that is `status`: launch/*.sh would take 0 for a success.
     """
-    return 0 if recorded and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else status
+    return final_status(status) if record_error(message, status, is_final=True) else status
 
 
 def _reserve_space() -> None:

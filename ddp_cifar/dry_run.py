@@ -58,8 +58,9 @@ def describe_run(config: Config, nodes: int, nproc_per_node: int) -> str:
     init = None if resumed else initial_weights(config)
     if init is not None:
         load_weights(model, init, source_of_weights(config.model), new_head=True)
-    try_training(model, on_cpu(config), len(dataset.classes), dataset.train.image_shape, _precision(config))
-    optimizer = build_optimizer(model, on_cpu(config).optim)
+    here = on_cpu(config)
+    try_training(model, here, len(dataset.classes), dataset.train.image_shape, _precision(config))
+    optimizer = build_optimizer(model, here.optim)
     # only its checks
     Schedule(optimizer, config.optim, steps_per_epoch=plan.steps_per_epoch, epochs=config.train.epochs)
     footprint = footprint_of(config, plan.micro_batch_size, dataset, model)

@@ -17,7 +17,7 @@ from ddp_cifar.command import (
     Arguments,
     check_counts,
     final_status,
-    record_error,
+    record_final_error,
     record_run_dir,
     run_command,
 )
@@ -138,15 +138,14 @@ def main(argv: Sequence[str]) -> int:
             f"results in {run_dir.path}: checkpoints/, metrics.jsonl, tensorboard/ "
             f"(tensorboard --logdir {shlex.quote(str(run_dir.path))})"
         )
-        recorded = True
         if status and world.is_main:
             message = (
                 f"{checkpoints.failed_saves} checkpoints could not be saved (see the warnings above); "
                 f"the last good one is {checkpoints.last_good or 'none'}"
             )
             log.error(message)
-            recorded = record_error(message, status, is_final=True)
-    return final_status(status, recorded=recorded)
+            return record_final_error(message, status)
+    return final_status(status)
 
 
 def dry_run(argv: Sequence[str]) -> int:

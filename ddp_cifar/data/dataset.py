@@ -189,12 +189,10 @@ class DataSet:
                 f"data.val_images={val_images} leaves too few of the {len(self.train)} training images, one of each class, to "
                 f"train on: use at most {most}"
             )
-        is_free = torch.ones(len(shuffled), dtype=torch.bool)
-        is_free[list(kept.values())] = False
-        val = shuffled[is_free][:val_images].sort().values
-        is_val = torch.zeros(len(shuffled), dtype=torch.bool)
-        is_val[val] = True
-        train = (~is_val).nonzero().flatten()
+        is_kept = torch.zeros(len(shuffled), dtype=torch.bool)
+        is_kept[list(kept.values())] = True
+        shuffled = torch.cat([shuffled[~is_kept], shuffled[is_kept]])
+        val, train = shuffled[:val_images].sort().values, shuffled[val_images:].sort().values
         return dataclasses.replace(self, train=self.train.take(train), val=self.train.take(val))
 
     def to(self, device: torch.device) -> "DataSet":

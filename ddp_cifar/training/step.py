@@ -109,8 +109,8 @@ class TrainStep:
     def gradients(self, batch: StepBatch, step: int, metrics: TrainMetrics) -> Tensor:
         """Compute the gradients of the step after `step` completed ones from this rank's micro-batches, and sum them over ranks.
 
-        Returns () float32, on the device: the gradient's norm before clipping. `metrics` counts losses and times. All of the
-        step's exchanges between ranks are here: if one of them fails, weights and optimizer state are those of the last step.
+        Returns () float32, on the device: the gradient's norm before clipping. `metrics` counts losses and times. The step's sums
+        over ranks are here: if one of them fails, weights and optimizer state are those of the last step.
         """
         self.step, self.batch = step, batch
         # DDP divides the sum over ranks by their number, but num_images is a total over ranks; the tree does not divide

@@ -43,9 +43,10 @@ class RecentRows(NullTracker):
 class Survivor:
     """Saves the state after the last completed step if the run fails. The state is the same on all ranks: one is enough.
 
-    The main thread changes the state only in `changing`. The rest of a step, with all exchanges between ranks, changes only
-    gradients and buffers. So if a rank is lost, each of the others has a complete state, and `save` writes it from any
-    thread, whatever the main thread waits for. Afterwards the process must exit: its main thread can complete no step.
+    The main thread changes the state only in `changing`. The rest of a step, with its sums over ranks, changes only gradients
+    and buffers. So if a rank is lost, each of the others has a complete state, and `save` writes it from any thread, whatever
+    the main thread waits for. (Only if a number is not finite, ranks also exchange what they found in `changing`; a rank that
+    is lost then leaves no state to save.) Afterwards the process must exit: its main thread can complete no step.
     """
 
     def __init__(
